@@ -1,0 +1,247 @@
+"""What came from what: the frozen values that travel between the verbs, to and from JSON.
+
+`crawl` yields `Finetune`s, `screen` turns each into a `Contribution` or a `Rejected`, `fuse` follows a `Recipe`, and
+`publish` writes a `Manifest` (``fusion.json``) beside the weights. Whoever reads these types has read the program.
+JSON is strict in both directions: an unknown or missing key is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from hubfusion.errors import FusionError
+
+REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
+
+T = TypeVar("T")
+Option = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Revision:
+    """One commit of one repository: branches and tags are resolved at the door, so this never moves."""
+
+    repo: str
+    sha: str
+
+    def __post_init__(self) -> None:
+        """Refuse anything but ``owner/name`` and a full commit sha: a branch name here would be a moving target."""
+        if not REPO_ID.fullmatch(self.repo):
+            raise FusionError(f"revision: repository must be owner/name, got {self.repo!r}")
+        if not COMMIT_SHA.fullmatch(self.sha):
+            raise FusionError(f"revision of {self.repo}: sha must be 40 hexadecimal digits, got {self.sha!r}")
+
+    def __str__(self) -> str:
+        """``owner/name@0123456789ab``: enough for people; use the fields for machines."""
+        return f"{self.repo}@{self.sha[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file as the Hub lists it at a pinned commit; ``sha256`` is there for LFS files, ``blob`` (git sha1) always."""
+
+    path: str
+    size: int
+    blob: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finetune:
+    """A model on the Hub that names our base, pinned: what `crawl` found, before anybody judged it.
+
+    ``card`` is the YAML front matter as the Hub parsed it: a stranger's data, to be read and never to be believed.
+    ``modified`` is the Hub's ISO 8601 time of the last change, the order in which finetunes are judged.
+    """
+
+    revision: Revision
+    author: str
+    modified: str
+    tags: tuple[str, ...]
+    card: Mapping[str, Any]
+    files: tuple[RemoteFile, ...]
+    gated: bool = False
+
+
+class Reason(StrEnum):
+    """Why a finetune was not fused; closed, so that every reason has its answer to the contributor."""
+
+    NOT_A_FINETUNE = "not-a-finetune"
+    STALE_BASE = "stale-base"
+    UNKNOWN_BASE = "unknown-base"
+    LICENSE = "license"
+    GATED = "gated"
+    CUSTOM_CODE = "custom-code"
+    NO_SAFETENSORS = "no-safetensors"
+    BAD_FILES = "bad-files"
+    TOO_LARGE = "too-large"
+    BAD_HEADER = "bad-header"
+    ARCHITECTURE = "architecture"
+    BLOCKED = "blocked"
+    CAP = "cap"
+    CORRUPT = "corrupt"
+    NOT_FINITE = "not-finite"
+    UNCHANGED = "unchanged"
+    DUPLICATE = "duplicate"
+    WRONG_BASE = "wrong-base"
+    OUTLIER = "outlier"
+    REFUSED = "refused-by-gate"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A finetune that will not be fused, and why: a value, counted and told to its owner."""
+
+    revision: Revision
+    author: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A finetune that passed screening: everything that download and fuse need, pinned.
+
+    ``files`` are just those that will be read (weights, index), ``examples`` the declared number of training
+    examples (None when the card does not say), ``datasets`` the declared Hub ids.
+    """
+
+    revision: Revision
+    author: str
+    base: Revision
+    license: str
+    datasets: tuple[str, ...]
+    examples: int | None
+    files: tuple[RemoteFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a candidate is made: the same recipe over the same bytes gives the same bytes.
+
+    ``inputs`` and ``coefficients`` have one length k; coefficients are relative (1, 1, 1 is uniform) and each method
+    says how it normalises them. ``options`` are sorted keywords of the method, ``scale`` is λ, applied once to the
+    fused delta.
+    """
+
+    base: Revision
+    inputs: tuple[Revision, ...]
+    coefficients: tuple[float, ...]
+    method: str = "average"
+    options: tuple[tuple[str, Option], ...] = ()
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse recipes that no method could follow."""
+        if not self.inputs:
+            raise FusionError("recipe: at least one input is needed, got none")
+        if len(self.coefficients) != len(self.inputs):
+            raise FusionError(
+                f"recipe: one coefficient per input, got {len(self.coefficients)} for {len(self.inputs)} inputs"
+            )
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON data (dict, list, str, int, float, bool, None) of a lineage value, fields by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def dumps(value: Any) -> str:
+    """JSON text of a value: sorted keys, two spaces, a newline at the end, NaN refused; the same value, same text."""
+    return json.dumps(to_json(value), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_json(kind: type[T], data: Any, where: str = "$") -> T:
+    """Read ``data`` (parsed JSON) as the dataclass ``kind``.
+
+    Unknown keys, missing keys and values of another type raise `FusionError` with the path, e.g.
+    ``$.recipe.scale: a number is needed, got 'one'``.
+    """
+    return typing.cast(T, _read(kind, data, where))
+
+
+def loads(kind: type[T], text: str | bytes, where: str) -> T:
+    """Read JSON text as the dataclass ``kind``; ``where`` names the file in errors."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise FusionError(f"{where}: not JSON: {error}") from None
+    return from_json(kind, data, where)
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    if kind is Any:
+        return data
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _read_union(arguments, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise FusionError(f"{where}: a list is needed, got {data!r:.60}")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(data))
+        if len(data) != len(arguments):
+            raise FusionError(f"{where}: {len(arguments)} entries are needed, got {len(data)}")
+        return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, data, strict=True)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(data, dict):
+            raise FusionError(f"{where}: an object is needed, got {data!r:.60}")
+        return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(typing.cast(type, kind), data, where)
+    return _read_plain(kind, data, where)
+
+
+def _read_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
+    rest = [a for a in arguments if a is not type(None)]
+    for argument in rest[:-1]:
+        try:
+            return _read(argument, data, where)
+        except FusionError:
+            continue
+    return _read(rest[-1], data, where)
+
+
+def _read_dataclass(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise FusionError(f"{where}: an object is needed, got {data!r:.60}")
+    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
+    if unknown := sorted(set(data) - {f.name for f in fields}):
+        raise FusionError(f"{where}: unknown key {unknown[0]!r}, allowed are {', '.join(f.name for f in fields)}")
+    values = {}
+    for field in fields:
+        if field.name in data:
+            values[field.name] = _read(hints[field.name], data[field.name], f"{where}.{field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise FusionError(f"{where}: key {field.name!r} is missing")
+    return kind(**values)
+
+
+def _read_plain(kind: Any, data: Any, where: str) -> Any:
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        if data not in [m.value for m in kind]:
+            raise FusionError(f"{where}: must be one of {', '.join(kind)}, got {data!r:.60}")
+        return kind(data)
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if kind in (str, int, bool) and type(data) is kind:
+        return data
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    raise FusionError(f"{where}: {names.get(kind, kind)} is needed, got {data!r:.60}")
