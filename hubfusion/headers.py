@@ -136,7 +136,7 @@ def _parse_spec(name: str, entry: Any, data_start: int, where: str) -> TensorSpe
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{where}: {name}: dtype {dtype!r:.40} is not one of {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(s) for s in shape):
-        raise CheckpointError(f"{where}: {name}: shape must be at most {MAX_RANK} sizes from 0 to 2^48, got {shape!r:.80}")
+        raise CheckpointError(f"{where}: {name}: shape must be up to {MAX_RANK} sizes in 0..2^48, got {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
         raise CheckpointError(f"{where}: {name}: data_offsets must be two byte offsets, got {offsets!r:.80}")
     start, stop = offsets
