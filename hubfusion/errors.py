@@ -29,5 +29,9 @@ class Conflict(HubError):
     """Somebody else moved the branch first (HTTP 412, or 409 with the head moved): nothing was written."""
 
 
+class Corrupt(HubError):
+    """A download does not have the size or the hash that the Hub lists."""
+
+
 class EvaluationError(FusionError):
     """A dataset, protocol or score is not usable: names the dataset and what is allowed."""
