@@ -67,7 +67,7 @@ def _cheap(hub: Hub, repo: Repo, sha: str, facts: Facts) -> dict[str, Callable[[
         "baseModels": lambda: _base_models(repo, facts),
         "childrenModelCount": lambda: _children(hub, repo),
         "sdk": lambda: repo.sdk or None,
-        "runtime": lambda: {"stage": "RUNNING", "hardware": {"current": "cpu-basic", "requested": "cpu-basic"}},
+        "runtime": lambda: {"stage": "STOPPED", "hardware": {"current": None, "requested": None}},
     }
 
 
@@ -121,7 +121,7 @@ def show_one(call: Call, repo: Repo, sha: str) -> dict[str, Any]:
 
 def list_page(call: Call, kind: Kind) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """One page of a listing and the `Link` header to the next."""
-    found = [(repo, sha) for repo, sha, facts in _heads(call, kind) if _fits(call, repo, facts)]
+    found = [(repo, sha) for repo, sha, facts in heads_of(call, kind) if _fits(call, repo, facts)]
     keys = {"createdAt": lambda repo: repo.created, "lastModified": lambda repo: repo.modified}
     likes = {row["repo"]: row["n"] for row in call.hub.db.rows("SELECT repo, count(*) AS n FROM likes GROUP BY repo")}
     sort = {"created_at": "createdAt", "last_modified": "lastModified"}.get(s := call.query.get("sort", ""), s)
@@ -149,7 +149,8 @@ def list_page(call: Call, kind: Kind) -> tuple[list[dict[str, Any]], dict[str, s
     return shown, _next(call, json.dumps([key(page[-1][0]), page[-1][0].number])) if rest else {}
 
 
-def _heads(call: Call, kind: Kind) -> list[tuple[Repo, str, Facts]]:
+def heads_of(call: Call, kind: Kind) -> list[tuple[Repo, str, Facts]]:
+    """The repositories that who asks may see, by `author` and `search`, with head and facts of main."""
     author = call.query.get("author", "").lower()
     search = call.query.get("search", "").lower().split()
     heads = []
@@ -208,4 +209,4 @@ def page_of(call: Call, items: list[dict[str, Any]], most: int) -> tuple[list[di
 
 def tags_in_use(call: Call, kind: Kind) -> list[str]:
     """Every tag that some visible repository has, in alphabetical order."""
-    return sorted({tag for _, _, facts in _heads(call, kind) for tag in facts["tags"]})
+    return sorted({tag for _, _, facts in heads_of(call, kind) for tag in facts["tags"]})

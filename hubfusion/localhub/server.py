@@ -16,14 +16,28 @@ from starlette.types import ASGIApp
 
 from hubfusion.errors import HubError
 from hubfusion.localhub.faults import Faults, Plan
-from hubfusion.localhub.routes import account, clone, commit, discussions, files, lfs, refs, repos, xet
+from hubfusion.localhub.routes import (
+    account,
+    clone,
+    collections,
+    commit,
+    discussions,
+    files,
+    jobs,
+    lfs,
+    refs,
+    repos,
+    social,
+    webhooks,
+    xet,
+)
 from hubfusion.localhub.state import Hub, Rules
 from hubfusion.localhub.store.repos import Kind
 from hubfusion.localhub.web import Router
 from hubfusion.localhub.webhooks import Courier
 
 log = logging.getLogger(__name__)
-AREAS = [area.routes for area in (account, repos, commit, files, refs, discussions, lfs, xet, clone)]
+_AREAS = (account, repos, commit, files, refs, discussions, lfs, xet, clone, social, collections, webhooks, jobs)
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5
 
@@ -64,7 +78,7 @@ class LocalHub:
         except OSError as error:
             self.hub.close()
             raise HubError(f"{host}:{port}: {error.strerror}") from None
-        app: ASGIApp = Router(self.hub, AREAS)
+        app: ASGIApp = Router(self.hub, [area.routes for area in _AREAS])
         config = uvicorn.Config(
             app if faults is None else Faults(app, faults),
             log_config=None,
@@ -96,6 +110,7 @@ class LocalHub:
     def start(self) -> LocalHub:
         """Serve from a thread; returns when the first request can come."""
         self._courier.start()
+        self.hub.jobs.start(self.endpoint)
         self._thread = threading.Thread(target=self._run, name="localhub", daemon=True)
         self._thread.start()
         for _ in range(int(_START_SECONDS / 0.01)):
@@ -111,6 +126,7 @@ class LocalHub:
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, in the calling (main) thread."""
         self._courier.start()
+        self.hub.jobs.start(self.endpoint)
         try:
             self._server.run([self._socket])
         finally:
@@ -151,7 +167,8 @@ def is_loopback(host: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named so that asyncio switches off delayed sends, which cost 40 ms an answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from hubfusion.errors import HubError
 from hubfusion.localhub.accounts import Accounts, Limits, Seal
+from hubfusion.localhub.jobs import Jobs
 from hubfusion.localhub.store.database import Database
 from hubfusion.localhub.store.objects import ObjectStore
 from hubfusion.localhub.store.recent import Recent
@@ -48,7 +49,7 @@ class Hub:
         self.directory = directory.resolve()
         self.rules = rules or Rules()
         self.accounts = Accounts(users, orgs or {})
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock_directory(self.directory)
         self.db = Database(self.directory / "hub.sqlite")
         self.store_id = self.db.meta("store", secrets.token_hex(16))
@@ -58,11 +59,13 @@ class Hub:
         self.xorbs = XorbStore(self.directory / "xorbs")
         self.repos = Repos(self.db, self.directory / "git")
         self.facts: Recent[tuple[int, str], dict[str, Any]] = Recent(20_000)
+        self.jobs = Jobs(self)
         self.outbox = threading.Event()
         self.tasks = ThreadPoolExecutor(1, thread_name_prefix="localhub")
 
     def close(self) -> None:
         """Let go of the directory."""
+        self.jobs.stop()
         self.tasks.shutdown(cancel_futures=True)
         self.db.close()
         self._lock.close()

@@ -7,10 +7,10 @@ import logging
 import secrets
 import threading
 import time
-import urllib.error
 import urllib.request
 from typing import Any
 
+from hubfusion.localhub.refusal import Refusal
 from hubfusion.localhub.state import Hub
 from hubfusion.localhub.store.repos import MAIN, Repo
 from hubfusion.localhub.web import Call
@@ -146,13 +146,16 @@ class Courier:
             try:
                 self._carry(hook or {}, delivery["payload"])
                 break
-            except (OSError, ValueError) as failure:
+            except (OSError, ValueError, Refusal) as failure:
                 error = str(failure)
         else:
             log.warning("webhook %s: delivery dropped: %s", delivery["hook"], error or "the webhook is gone")
         self._hub.db.delete_document("outbox", delivery["key"])
 
     def _carry(self, hook: dict[str, Any], payload: dict[str, Any]) -> None:
+        if hook["job"]:
+            self._hub.jobs.run_webhook(hook, payload)
+            return
         headers = {"Content-Type": "application/json", "User-Agent": "localhub-webhook"}
         if hook.get("secret"):
             headers["X-Webhook-Secret"] = hook["secret"]
