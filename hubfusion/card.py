@@ -6,6 +6,7 @@ stranger's repository name or dataset id is shown and never interpreted. Metadat
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ import yaml
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from hubfusion.manifest import Manifest
+from hubfusion.scores import compare
+
+SHOWN = ("revision", "author", "license", "datasets", "examples")
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|!~&$\"'])")
 
 
@@ -38,7 +43,7 @@ def _finalize(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     if isinstance(value, float):
-        return f"{value:.2f}"
+        return "?" if math.isnan(value) else f"{value:.2f}"
     return escape(str(value))
 
 
@@ -89,3 +94,40 @@ def merge_metadata(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
             value = before + [v for v in value if v not in before]
         merged[key] = value
     return merged
+
+
+def base_card(old: Mapping[str, Any], manifest: Manifest, repo: str, endpoint: str) -> str:
+    """The card of a new version: the base's own metadata with our tags and this version's data, tables, recipe."""
+    data = sorted({d for c in manifest.contributions for d in c.datasets})
+    metadata = merge_metadata(old, {"tags": ["cold-fusion", "model-recycling"], "datasets": data})
+    rows = [
+        {
+            "dataset": gain.dataset,
+            "fold": "seen" if gain.dataset in manifest.seen else "unseen",
+            "protocol": gain.protocol,
+            "metric": gain.metric,
+            "base": gain.base,
+            "candidate": gain.candidate,
+            "gain": gain.mean,
+            "stderr": gain.stderr,
+        }
+        for gain in compare(manifest.candidate_scores, manifest.base_scores).gains
+    ]
+    parts = zip(manifest.contributions, manifest.recipe.coefficients, strict=True)
+    return render(
+        "base.md.j2",
+        metadata,
+        repo=repo,
+        code_repo=Markup(repo),
+        code_version=Markup(manifest.version),
+        version=manifest.version,
+        parent_version=manifest.parent_version,
+        iteration=manifest.iteration,
+        seeds=", ".join(map(str, manifest.candidate_scores.entries[0].seeds)),
+        decision_summary=manifest.decision.summary,
+        rows=rows,
+        contributions=[{"coefficient": share, **{f: getattr(c, f) for f in SHOWN}} for c, share in parts],
+        method=manifest.recipe.method,
+        options=", ".join(f"{name} = {value}" for name, value in manifest.recipe.options),
+        endpoint=endpoint,
+    )
