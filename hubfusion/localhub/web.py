@@ -10,6 +10,7 @@ import binascii
 import json
 import re
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -160,7 +161,7 @@ class Router:
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
-        limits: dict[str, str] = {}
+        limits = {"X-Request-Id": uuid.uuid4().hex}
         try:
             response = await self._answer(request, limits)
         except Refusal as refusal:

@@ -51,7 +51,7 @@ def announce_discussion(
             "url": {"web": where, "api": api},
             "isPullRequest": document["pull"],
             "status": document["status"],
-            "changes": {"base": MAIN, "mergeCommitId": document["merged"]} if document["pull"] else None,
+            "changes": {"base": document["target"], "mergeCommitId": document["merged"]} if document["pull"] else None,
             "pinned": False,
         }
     }

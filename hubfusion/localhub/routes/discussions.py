@@ -9,7 +9,7 @@ from starlette.responses import Response
 from hubfusion.localhub import discussions as talk
 from hubfusion.localhub.access import proposed_repo, visible_repo
 from hubfusion.localhub.refusal import Refusal
-from hubfusion.localhub.store.repos import MAIN, Repo
+from hubfusion.localhub.store.repos import Repo
 from hubfusion.localhub.web import Call, Routes, answer
 from hubfusion.localhub.webhooks import announce_content, announce_discussion
 
@@ -161,6 +161,6 @@ def merge(call: Call) -> Response:
     with call.hub.repos.writing(found) as repo:
         document = talk.find(call.hub, repo, _number(call))
         old, new = talk.merge(call.hub, repo, document, user, text.strip())
-    announce_content(call, repo, [(MAIN, old, new)])
+    announce_content(call, repo, [(document["target"], old, new)])
     announce_discussion(call, repo, document, "update")
     return answer({"success": True, "mergeCommitId": new})

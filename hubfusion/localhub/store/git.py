@@ -296,7 +296,9 @@ class GitRepo:
 
     def write_merge(self, ours: str, theirs: str) -> tuple[str, list[str]]:
         """The tree of a three-way merge and the paths in conflict (empty when it is clean)."""
-        code, out = self.run("merge-tree", "--write-tree", "--name-only", "-z", ours, theirs, codes=(0, 1))
+        code, out = self.run(
+            "merge-tree", "--write-tree", "--allow-unrelated-histories", "--name-only", "-z", ours, theirs, codes=(0, 1)
+        )
         tree, *rest = out.decode(errors="surrogateescape").split("\0")
         return tree.strip(), sorted(set(rest[: rest.index("")])) if code == 1 else []
 
