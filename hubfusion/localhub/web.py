@@ -138,7 +138,7 @@ def _compile(path: str) -> re.Pattern[str]:
 
 def answer(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
-    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+    body = json.dumps(value, separators=(",", ":")).encode()
     return Response(body, status, headers, "application/json")
 
 

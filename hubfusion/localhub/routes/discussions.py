@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from hubfusion.localhub import discussions as talk
-from hubfusion.localhub.access import proposed_repo, visible_repo
+from hubfusion.localhub.access import proposed_repo, require_grant, visible_repo
 from hubfusion.localhub.refusal import Refusal
 from hubfusion.localhub.store.repos import Repo
 from hubfusion.localhub.web import Call, Routes, answer
@@ -67,6 +67,8 @@ def create_discussion(call: Call) -> Response:
 def discussion(call: Call) -> Response:
     """One discussion with its events."""
     repo = visible_repo(call)
+    if call.flag("diff"):
+        require_grant(call, repo)
     return answer(talk.show_whole(call.hub, repo, talk.find(call.hub, repo, _number(call)), call.flag("diff")))
 
 

@@ -325,7 +325,7 @@ def init_bare(path: Path) -> None:
         env=ENVIRONMENT,
     )
     with (path / "config").open("a") as config:
-        config.write("[gc]\n\tauto = 0\n[core]\n\tfsync = committed\n[uploadpack]\n\tallowAnySHA1InWant = true\n")
+        config.write("[gc]\n\tauto = 0\n[core]\n\tfsync = committed\n")
 
 
 def is_ref_name(name: str) -> bool:

@@ -87,7 +87,7 @@ class Repos:
                 shutil.rmtree(path)
                 continue
             # A killed git leaves its lock files behind; nobody else writes here.
-            for lock in [path / "packed-refs.lock", *(path / "refs").rglob("*.lock")]:
+            for lock in [*path.glob("*.lock"), *(path / "refs").rglob("*.lock")]:
                 lock.unlink(missing_ok=True)
 
     def git(self, repo: Repo) -> GitRepo:
