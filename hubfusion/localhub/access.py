@@ -64,6 +64,12 @@ def require_owner(call: Call, namespace: str) -> str:
 def readable_repo(call: Call) -> Repo:
     """The repository that the path names, if who asks may read its files: gated ones need a grant."""
     repo = visible_repo(call)
+    require_grant(call, repo)
+    return repo
+
+
+def require_grant(call: Call, repo: Repo) -> None:
+    """Refuse with `GatedRepo` who may see a repository but not read its files."""
     if repo.gated and not call.hub.accounts.owns(call.user, repo.namespace):
         where = f"{call.base}/{repo.kind.prefix}{repo.id}"
         if call.user is None:
@@ -81,7 +87,6 @@ def readable_repo(call: Call) -> Repo:
                 f"Visit {where} to ask for access.",
                 Code.GATED,
             )
-    return repo
 
 
 def commit_of(git: GitRepo, revision: str) -> str:

@@ -12,9 +12,10 @@ import yaml
 
 from hubfusion.localhub.store.repos import Kind
 
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NODES = 100_000
+_YAML_MAX = 2 << 20
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 
 LICENSES = frozenset(
@@ -51,9 +52,11 @@ def parse_metadata(text: str) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """YAML as JSON values: dates become text, aliases are written out within a bound."""
+    if len(text) > _YAML_MAX:
+        raise CardError(f"metadata is longer than {_YAML_MAX} characters")
     try:
         return _plain(yaml.load(text, Loader=_LOADER), [_NODES])
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise CardError(" ".join(str(error).split())[:300]) from None
 
 
@@ -65,7 +68,9 @@ def _plain(value: Any, left: list[int]) -> Any:
         return {str(key): _plain(item, left) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [_plain(item, left) for item in value]
-    if isinstance(value, (datetime.date, bytes)):
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise CardError("metadata has a number of more than 63 bits")
+    if isinstance(value, (datetime.date, datetime.time, bytes)):
         return str(value)
     if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
         return str(value)

@@ -84,7 +84,7 @@ def _read_operation(hub: Hub, repo: Repo, proposal: Proposal, key: object, value
     elif key == "deletedFile":
         proposal.deleted_files.append(checked_path(value.get("path")))
     elif key == "deletedFolder":
-        proposal.deleted_folders.append(checked_path(_text(value, "path").rstrip("/")))
+        proposal.deleted_folders.append(checked_path(str(value.get("path") or "").rstrip("/")))
     else:
         raise Refusal(400, f"operation must be header, file, lfsFile, deletedFile or deletedFolder, got {key!r}")
 
@@ -139,7 +139,7 @@ def changes_of(git: GitRepo, base: Snapshot, proposal: Proposal) -> list[Change]
     """The changes of a proposal on a revision; refuses deletions of what is not there and unreadable cards."""
     changes: list[Change] = []
     for path in proposal.deleted_files:
-        if path not in base.files:
+        if path not in base.files and path not in base.folders:
             raise missing_entry(path)
         changes.append(Delete(path))
     for path in proposal.deleted_folders:

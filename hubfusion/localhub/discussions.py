@@ -9,7 +9,7 @@ from typing import Any
 
 from hubfusion.localhub.commits import Proposal, changes_of, publish
 from hubfusion.localhub.facts import when
-from hubfusion.localhub.refusal import Refusal
+from hubfusion.localhub.refusal import Refusal, missing_revision
 from hubfusion.localhub.state import Hub
 from hubfusion.localhub.store.git import GitRepo, Signature
 from hubfusion.localhub.store.repos import MAIN, Repo
@@ -91,6 +91,7 @@ def _document(num: int, author: str, title: str, status: str, text: str) -> Docu
         "at": time.time(),
         "status": status,
         "pull": False,
+        "target": None,
         "base": None,
         "merged": None,
         "events": events,
@@ -102,20 +103,27 @@ def open_draft(hub: Hub, repo: Repo, author: str, title: str, text: str) -> Docu
     git = hub.repos.git(repo)
     head = git.ref(MAIN)
     assert head is not None  # every repository has a main
-    document = _document(next_number(hub, repo), author, title, "draft", text) | {"pull": True, "base": head}
+    document = _document(next_number(hub, repo), author, title, "draft", text) | {
+        "pull": True,
+        "target": MAIN,
+        "base": head,
+    }
     git.move_refs([(f"refs/pr/{document['num']}", head, "")])
     save(hub, repo, document)
     return document
 
 
-def open_pull_request(hub: Hub, repo: Repo, proposal: Proposal, author: str) -> tuple[int, str, str]:
-    """A pull request with one commit: (number, base commit, new commit). The caller holds the lock.
+def open_pull_request(hub: Hub, repo: Repo, target: str, proposal: Proposal, author: str) -> tuple[int, str, str]:
+    """A pull request to a branch with one commit: (number, base commit, new commit). The caller holds the lock.
 
     The ref is written first: when the process is killed in between there is a ref without a discussion, whose number
     the next one takes over.
     """
     git = hub.repos.git(repo)
-    base = git.resolve(proposal.parent) if proposal.parent else git.ref(MAIN)
+    head = git.ref(target)
+    if head is None:
+        raise missing_revision(target)
+    base = git.resolve(proposal.parent) if proposal.parent else head
     if base is None:
         raise Refusal(412, f"parent commit {proposal.parent} is not in {repo.id}")
     changes = changes_of(git, git.snapshot(base), proposal)
@@ -123,6 +131,7 @@ def open_pull_request(hub: Hub, repo: Repo, proposal: Proposal, author: str) -> 
     num = next_number(hub, repo)
     document = _document(num, author, proposal.summary[:TITLE_MAX], "open", proposal.description) | {
         "pull": True,
+        "target": target,
         "base": base,
     }
     git.move_refs([(f"refs/pr/{num}", new, "")])
@@ -145,15 +154,15 @@ def pull_head(git: GitRepo, document: Document) -> str | None:
 
 
 def conflicts(git: GitRepo, document: Document) -> list[str]:
-    """Paths that main and an open pull request both changed."""
-    main, head = git.ref(MAIN), pull_head(git, document)
+    """Paths that an open pull request and the branch it is for both changed."""
+    main, head = git.ref(document["target"]), pull_head(git, document)
     if not main or not head or document["status"] not in ("open", "draft"):
         return []
     return git.write_merge(main, head)[1]
 
 
 def merge(hub: Hub, repo: Repo, document: Document, user: str, comment: str) -> tuple[str, str]:
-    """Merge a pull request into main: (old head, new head). The caller holds the lock.
+    """Merge a pull request into its branch: (old head, new head). The caller holds the lock.
 
     When a killed process had merged in git but not said so, the tree is already what the merge makes it: then only
     the saying is left to do.
@@ -161,8 +170,9 @@ def merge(hub: Hub, repo: Repo, document: Document, user: str, comment: str) -> 
     if not document["pull"] or document["status"] not in ("open", "draft"):
         raise Refusal(400, f"#{document['num']} is not an open pull request")
     git = hub.repos.git(repo)
-    main, head = git.ref(MAIN), pull_head(git, document)
-    assert main is not None and head is not None  # both are written before the document
+    main, head = git.ref(document["target"]), pull_head(git, document)
+    if main is None or head is None:
+        raise missing_revision(document["target"])
     tree, clashing = git.write_merge(main, head)
     if clashing:
         raise Refusal(409, f"This pull request has conflicts in {', '.join(clashing)[:500]}")
@@ -170,7 +180,7 @@ def merge(hub: Hub, repo: Repo, document: Document, user: str, comment: str) -> 
     if not git.is_ancestor(head, main) or head == document["base"]:
         message = f"{document['title']} (#{document['num']})\n\n{comment}".strip() + "\n"
         new = git.commit_tree(tree, [main, head], message, Signature(user, time.time()))
-        publish(hub, repo, MAIN, new, main)
+        publish(hub, repo, document["target"], new, main)
     document["status"], document["merged"] = "merged", new
     if comment:
         document["events"].append(comment_event(user, comment))
@@ -229,7 +239,9 @@ def show_whole(hub: Hub, repo: Repo, document: Document, with_diff: bool) -> dic
             item = {"id": commit.sha[:24], "type": "commit", "at": commit.at, "author": commit.author, "data": data}
             events.append(show_event(item))
         events.sort(key=lambda item: str(item["createdAt"]))
-        shown["changes"] = {"base": MAIN} | ({"mergeCommitId": document["merged"]} if document["merged"] else {})
+        shown["changes"] = {"base": document["target"]} | (
+            {"mergeCommitId": document["merged"]} if document["merged"] else {}
+        )
         shown["filesWithConflicts"] = conflicts(git, document)
         if with_diff:
             shown["diff"] = git.diff(git.merge_base(document["base"], head) or document["base"], head)

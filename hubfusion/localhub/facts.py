@@ -66,7 +66,7 @@ def derive(hub: Hub, kind: Kind, git: GitRepo, snapshot: Snapshot) -> Facts:
             "tags": cards.model_tags(card, paths, config),
             "library_name": cards.library_of(card, paths, config),
             "pipeline_tag": cards.pipeline_of(card, config),
-            "config": {key: config[key] for key in ("architectures", "model_type") if key in config},
+            "config": _shown_config(config),
             "model-index": card.get("model-index"),
             "safetensors": tensor_counts(hub, git, snapshot),
             "evalResults": _eval_results(texts),
@@ -76,6 +76,15 @@ def derive(hub: Hub, kind: Kind, git: GitRepo, snapshot: Snapshot) -> Facts:
     else:
         facts["tags"] = cards.dataset_tags(card, paths) if kind is Kind.DATASET else cards.space_tags(card)
     return facts
+
+
+def _shown_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The two entries of config.json that the Hub shows, when they are what they should be."""
+    names, kind = config.get("architectures"), config.get("model_type")
+    shown: dict[str, Any] = {"model_type": kind} if isinstance(kind, str) else {}
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        shown["architectures"] = names
+    return shown
 
 
 def _read_small(git: GitRepo, snapshot: Snapshot) -> dict[str, bytes]:
@@ -137,10 +146,12 @@ def tensor_header(hub: Hub, git: GitRepo, entry: Entry | None) -> dict[str, Any]
     if entry is None:
         return None
     if entry.pointer:
-        path = hub.objects.path(entry.pointer.sha256)
-        with path.open("rb") as file:
-            length = _length(file.read(8))
-            blob = file.read(length) if length else b""
+        try:
+            with hub.objects.path(entry.pointer.sha256).open("rb") as file:
+                length = _length(file.read(8))
+                blob = file.read(length) if length else b""
+        except FileNotFoundError:  # taken away by hand: the repository stays readable without it
+            return None
     else:
         whole = git.blob(entry.oid)
         length = _length(whole[:8])

@@ -96,11 +96,9 @@ class Jobs:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="localhub-schedule", daemon=True)
-        self.endpoint = ""
 
-    def start(self, endpoint: str) -> None:
+    def start(self) -> None:
         """Begin; what a killed Hub left running is marked as failed."""
-        self.endpoint = endpoint
         for job in self._hub.db.documents("job"):
             if job["stage"] not in TERMINAL:
                 self._save(job | {"stage": "ERROR", "message": "the Hub was stopped", "finished": time.time()})
@@ -154,7 +152,7 @@ class Jobs:
                 "LANG": "C.UTF-8",
                 "HOME": str(folder / "work"),
                 "HF_HOME": str(folder / "work" / ".cache"),
-                "HF_ENDPOINT": self.endpoint,
+                "HF_ENDPOINT": self._hub.endpoint,
                 "JOB_ID": key,
                 **extra,
                 **spec["environment"],

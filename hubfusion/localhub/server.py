@@ -109,8 +109,7 @@ class LocalHub:
 
     def start(self) -> LocalHub:
         """Serve from a thread; returns when the first request can come."""
-        self._courier.start()
-        self.hub.jobs.start(self.endpoint)
+        self._begin()
         self._thread = threading.Thread(target=self._run, name="localhub", daemon=True)
         self._thread.start()
         for _ in range(int(_START_SECONDS / 0.01)):
@@ -120,13 +119,17 @@ class LocalHub:
             self._thread.join(0.01)
         raise HubError(f"{self.endpoint}: the server did not start in {_START_SECONDS:.0f} s")
 
+    def _begin(self) -> None:
+        self.hub.endpoint = self.endpoint
+        self._courier.start()
+        self.hub.jobs.start()
+
     def _run(self) -> None:
         asyncio.run(self._server.serve([self._socket]))
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, in the calling (main) thread."""
-        self._courier.start()
-        self.hub.jobs.start(self.endpoint)
+        self._begin()
         try:
             self._server.run([self._socket])
         finally:

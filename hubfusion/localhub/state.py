@@ -58,8 +58,11 @@ class Hub:
         self.objects = ObjectStore(self.directory / "objects", self.directory / "incoming")
         self.xorbs = XorbStore(self.directory / "xorbs")
         self.repos = Repos(self.db, self.directory / "git")
-        self.facts: Recent[tuple[int, str], dict[str, Any]] = Recent(20_000)
+        self.facts: Recent[tuple[int, str], dict[str, Any]] = Recent(
+            2_000_000, lambda facts: 20 + len(facts["siblings"])
+        )
         self.jobs = Jobs(self)
+        self.endpoint = ""
         self.outbox = threading.Event()
         self.tasks = ThreadPoolExecutor(1, thread_name_prefix="localhub")
 

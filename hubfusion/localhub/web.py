@@ -10,6 +10,7 @@ import binascii
 import json
 import re
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -137,7 +138,7 @@ def _compile(path: str) -> re.Pattern[str]:
 
 def answer(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
-    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+    body = json.dumps(value, separators=(",", ":")).encode()
     return Response(body, status, headers, "application/json")
 
 
@@ -160,7 +161,7 @@ class Router:
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
-        limits: dict[str, str] = {}
+        limits = {"X-Request-Id": uuid.uuid4().hex}
         try:
             response = await self._answer(request, limits)
         except Refusal as refusal:

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hubfusion.localhub.refusal import Refusal
@@ -40,8 +41,8 @@ def announce_discussion(
     call: Call, repo: Repo, document: dict[str, Any], action: str, comment: dict[str, Any] | None = None
 ) -> None:
     """Tell listeners of a discussion or of one comment in it."""
-    where = f"{call.base}/{repo.kind.prefix}{repo.id}/discussions/{document['num']}"
-    api = f"{call.base}/api/{repo.kind.plural}/{repo.id}/discussions/{document['num']}"
+    where = f"{call.hub.endpoint}/{repo.kind.prefix}{repo.id}/discussions/{document['num']}"
+    api = f"{call.hub.endpoint}/api/{repo.kind.plural}/{repo.id}/discussions/{document['num']}"
     extra: dict[str, Any] = {
         "discussion": {
             "id": f"{repo.number}-{document['num']}",
@@ -51,7 +52,7 @@ def announce_discussion(
             "url": {"web": where, "api": api},
             "isPullRequest": document["pull"],
             "status": document["status"],
-            "changes": {"base": MAIN, "mergeCommitId": document["merged"]} if document["pull"] else None,
+            "changes": {"base": document["target"], "mergeCommitId": document["merged"]} if document["pull"] else None,
             "pinned": False,
         }
     }
@@ -84,7 +85,7 @@ def announce(call: Call, repo: Repo, event: dict[str, str], extra: dict[str, Any
             "private": repo.private,
             "headSha": hub.repos.git(repo).ref(MAIN),
             "owner": {"id": repo.namespace},
-            "url": {"web": f"{call.base}/{repo.kind.prefix}{repo.id}", "api": _api(call, repo)},
+            "url": {"web": f"{call.hub.endpoint}/{repo.kind.prefix}{repo.id}", "api": _api(call, repo)},
             "tags": [],
         },
         **extra,
@@ -97,7 +98,7 @@ def announce(call: Call, repo: Repo, event: dict[str, str], extra: dict[str, Any
 
 
 def _api(call: Call, repo: Repo) -> str:
-    return f"{call.base}/api/{repo.kind.plural}/{repo.id}"
+    return f"{call.hub.endpoint}/api/{repo.kind.plural}/{repo.id}"
 
 
 def _watches(hub: Hub, hook: dict[str, Any], repo: Repo, scope: str) -> bool:
@@ -110,12 +111,14 @@ def _watches(hub: Hub, hook: dict[str, Any], repo: Repo, scope: str) -> bool:
 
 
 class Courier:
-    """The thread that empties the outbox: in order for each webhook, each delivery tried a few times."""
+    """Empties the outbox: in order for each webhook, several webhooks at once, each delivery tried a few times."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="localhub-webhooks", daemon=True)
+        self._carriers = ThreadPoolExecutor(8, thread_name_prefix="localhub-webhook")
+        self._busy: set[str] = set()
 
     def start(self) -> None:
         """Begin; what a killed process left in the outbox goes first."""
@@ -123,19 +126,30 @@ class Courier:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the delivery at hand and end; the rest stays in the outbox."""
+        """Finish the deliveries at hand and end; the rest stays in the outbox."""
         self._stop.set()
         self._hub.outbox.set()
-        self._thread.join(_TIMEOUT + 1)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._carriers.shutdown(cancel_futures=True)
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._hub.outbox.wait()
             self._hub.outbox.clear()
+            for hook in {delivery["hook"] for delivery in self._hub.db.documents("outbox")} - self._busy:
+                self._busy.add(hook)
+                self._carriers.submit(self._drain, hook)
+
+    def _drain(self, hook: str) -> None:
+        try:
             for delivery in self._hub.db.documents("outbox"):
-                if self._stop.is_set():
-                    return
-                self._deliver(delivery)
+                if delivery["hook"] == hook and not self._stop.is_set():
+                    self._deliver(delivery)
+        finally:
+            self._busy.discard(hook)
+            if any(delivery["hook"] == hook for delivery in self._hub.db.documents("outbox")):
+                self._hub.outbox.set()  # more came meanwhile
 
     def _deliver(self, delivery: dict[str, Any]) -> None:
         hook = self._hub.db.document("webhook", delivery["hook"])

@@ -190,7 +190,7 @@ def test_paths_that_could_do_harm_are_refused_by_name(world: World, repo: str, p
         value = {"path": path, "content": "", "oid": "0" * 64, "size": 0}
         lines = [{"key": "header", "value": {"summary": "x"}}, {"key": key, "value": value}]
         answer = post(world, f"/api/models/{repo}/commit/main", "\n".join(map(json.dumps, lines)))
-        assert answer.status_code == 400 and answer.json()["error"].startswith("path "), answer.text
+        assert answer.status_code == 422 and answer.json()["error"].startswith("path "), answer.text
     assert world.ann.list_repo_files(repo) == [".gitattributes"]
 
 

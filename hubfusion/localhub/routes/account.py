@@ -54,6 +54,15 @@ def overview(call: Call) -> Response:
     return answer(shown | {"numLikes": row["n"] if row else 0, "numUsers": len(hub.accounts.orgs.get(name, ()))})
 
 
+@routes.add("GET", "/api/organizations/{org}/members")
+def members(call: Call) -> Response:
+    """The users that may write to an organisation."""
+    names = call.hub.accounts.orgs.get(call.params["org"])
+    if names is None:
+        raise Refusal(404, f"Organization {call.params['org'][:100]} not found")
+    return answer([call.hub.accounts.avatar(name, call.base) | {"user": name} for name in names])
+
+
 @routes.add("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Response:
     """Check the metadata of a card: 400 with the errors, as text when the client wants text."""

@@ -160,16 +160,18 @@ def delete(call: Call) -> Response:
 
 def _append(call: Call, collection: Collection, item: object, note: object) -> None:
     name, kind = (item.get("id"), item.get("type")) if isinstance(item, dict) else (None, None)
-    if not isinstance(name, str) or kind not in tuple(Kind):
-        raise Refusal(400, f'"item" must be {{id, type}} with a type of [{", ".join(Kind)}]')
-    repo = call.hub.repos.find(Kind(kind), *name.partition("/")[::2])
-    if repo is None or not is_visible(call, repo):
-        raise Refusal(404, f"{kind} {name[:100]} not found")
-    if any((other["id"], other["type"]) == (repo.id, kind) for other in collection["items"]):
-        raise Refusal(409, f"{repo.id} is already in this collection")
+    if not isinstance(name, str) or kind not in (*Kind, "paper") or len(name) > 200:
+        raise Refusal(400, f'"item" must be {{id, type}} with a type of [{", ".join([*Kind, "paper"])}]')
+    if kind != "paper":  # papers live elsewhere: any id is taken
+        repo = call.hub.repos.find(Kind(str(kind)), *name.partition("/")[::2])
+        if repo is None or not is_visible(call, repo):
+            raise Refusal(404, f"{kind} {name[:100]} not found")
+        name = repo.id
+    if any((other["id"], other["type"]) == (name, kind) for other in collection["items"]):
+        raise Refusal(409, f"{name} is already in this collection")
     if len(collection["items"]) >= _ITEMS_MAX:
         raise Refusal(400, f"a collection has at most {_ITEMS_MAX} items")
-    kept = {"key": secrets.token_hex(12), "id": repo.id, "type": kind, "note": _text(note, "note", 500)}
+    kept = {"key": secrets.token_hex(12), "id": name, "type": kind, "note": _text(note, "note", 500)}
     collection["items"].append(kept)
 
 

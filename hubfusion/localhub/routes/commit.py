@@ -15,7 +15,7 @@ from hubfusion.localhub.access import commit_of, proposed_repo, require_owner
 from hubfusion.localhub.commits import REGULAR_MAX, branch_ref, land, large_patterns, read_proposal
 from hubfusion.localhub.paths import checked_path
 from hubfusion.localhub.refusal import Refusal, missing_revision
-from hubfusion.localhub.store.git import Entry
+from hubfusion.localhub.store.git import Entry, is_ref_name
 from hubfusion.localhub.store.repos import Repo
 from hubfusion.localhub.web import COMMIT_BODY, Call, Routes, answer
 from hubfusion.localhub.webhooks import announce_content, announce_discussion
@@ -41,7 +41,9 @@ def preupload(call: Call) -> Response:
     snapshot = git.snapshot(commit_of(git, revision))
     body = call.json()
     patterns = large_patterns(git, snapshot)
-    ignored = [line.strip() for line in str(body.get("gitIgnore") or "").splitlines()]
+    rules = snapshot.files.get(".gitignore")
+    given = body.get("gitIgnore") or (git.blob(rules.oid).decode(errors="replace") if rules else "")
+    ignored = [line.strip() for line in str(given).splitlines()]
     files = body.get("files")
     if not isinstance(files, list):
         raise Refusal(400, "files must be a list")
@@ -96,13 +98,12 @@ def commit(call: Call) -> Response:
         where = f"{call.base}/{repo.kind.prefix}{repo.id}"
         pull = None
         if create_pr:
-            if branch_ref(revision) != "refs/heads/main":
-                raise Refusal(400, f"a pull request can only be opened against main, got {revision}")
-            pull, old, new = talk.open_pull_request(call.hub, repo, proposal, user)
+            target = branch_ref(revision)
+            if not target.startswith("refs/heads/") or not is_ref_name(target):
+                raise missing_revision(revision)
+            pull, old, new = talk.open_pull_request(call.hub, repo, target, proposal, user)
             ref = f"refs/pr/{pull}"
         else:
-            if not branch_ref(revision).startswith(("refs/heads/", "refs/pr/")):
-                raise missing_revision(revision)
             ref, old, new = land(call.hub, repo, revision, proposal, user)
     announce_content(call, repo, [(ref, old, new)])
     if pull is not None:

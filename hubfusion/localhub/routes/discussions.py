@@ -7,9 +7,9 @@ from typing import Any
 from starlette.responses import Response
 
 from hubfusion.localhub import discussions as talk
-from hubfusion.localhub.access import proposed_repo, visible_repo
+from hubfusion.localhub.access import proposed_repo, require_grant, visible_repo
 from hubfusion.localhub.refusal import Refusal
-from hubfusion.localhub.store.repos import MAIN, Repo
+from hubfusion.localhub.store.repos import Repo
 from hubfusion.localhub.web import Call, Routes, answer
 from hubfusion.localhub.webhooks import announce_content, announce_discussion
 
@@ -67,6 +67,8 @@ def create_discussion(call: Call) -> Response:
 def discussion(call: Call) -> Response:
     """One discussion with its events."""
     repo = visible_repo(call)
+    if call.flag("diff"):
+        require_grant(call, repo)
     return answer(talk.show_whole(call.hub, repo, talk.find(call.hub, repo, _number(call)), call.flag("diff")))
 
 
@@ -161,6 +163,6 @@ def merge(call: Call) -> Response:
     with call.hub.repos.writing(found) as repo:
         document = talk.find(call.hub, repo, _number(call))
         old, new = talk.merge(call.hub, repo, document, user, text.strip())
-    announce_content(call, repo, [(MAIN, old, new)])
+    announce_content(call, repo, [(document["target"], old, new)])
     announce_discussion(call, repo, document, "update")
     return answer({"success": True, "mergeCommitId": new})

@@ -7,13 +7,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from hubfusion.localhub import discussions as talk
 from hubfusion.localhub.access import commit_of, visible_repo, written_repo
 from hubfusion.localhub.commits import branch_ref, publish
 from hubfusion.localhub.facts import when
 from hubfusion.localhub.refusal import Refusal, missing_revision
 from hubfusion.localhub.store.git import NOTHING, Commit, GitRepo, RefMoved, Signature, is_ref_name
-from hubfusion.localhub.store.repos import MAIN, Repo
+from hubfusion.localhub.store.repos import MAIN
 from hubfusion.localhub.web import Call, Routes, answer
 from hubfusion.localhub.webhooks import announce_content
 
@@ -73,7 +72,7 @@ def delete_branch(call: Call) -> Response:
         if old is None:
             raise missing_revision(branch)
         if ref == MAIN:
-            raise Refusal(403, "Cannot delete the main branch")
+            raise Refusal(403, "Cannot delete refs/heads/main")
         _move(git, ref, NOTHING, old, f"Reference {ref} has moved")
     announce_content(call, repo, [(ref, old, NOTHING)])
     return answer({"success": True})
@@ -85,11 +84,11 @@ def create_tag(call: Call) -> Response:
     found, body = written_repo(call), call.json()
     tag, message = body.get("tag"), str(body.get("message") or "")
     ref = f"refs/tags/{tag}"
-    if not isinstance(tag, str) or not tag or not is_ref_name(ref) or "\0" in message:
-        raise Refusal(400, f"{str(tag)[:100]!r} is not a name for a tag")
     with call.hub.repos.writing(found) as repo:
         git = call.hub.repos.git(repo)
         sha = commit_of(git, call.params["rev"])
+        if not isinstance(tag, str) or not tag or not is_ref_name(ref) or "\0" in message:
+            raise Refusal(400, f"{str(tag)[:100]!r} is not a name for a tag")
         if git.ref(ref):
             raise Refusal(409, f"Reference {ref} already exists")
         by = Signature(call.require_user(), time.time())
@@ -145,7 +144,7 @@ def _show(commit: Commit, formatted: bool) -> dict[str, Any]:
 
 @routes.add("POST", _HERE + "/super-squash/{rev}")
 def super_squash(call: Call) -> Response:
-    """Make one commit of all history of a branch, or of all commits of a pull request."""
+    """Make one commit, without a parent, of all history of a branch or pull request."""
     found, revision = written_repo(call), call.params["rev"]
     message = str(call.json().get("message") or f"Super-squash branch '{revision}' using huggingface_hub")
     ref = branch_ref(revision)
@@ -155,14 +154,7 @@ def super_squash(call: Call) -> Response:
         if old is None:
             raise missing_revision(revision)
         by = Signature(call.require_user(), time.time())
-        new = git.commit_tree(git.tree(old), _kept_parents(call, repo, ref), message + "\n", by)
+        new = git.commit_tree(git.tree(old), [], message + "\n", by)
         publish(call.hub, repo, ref, new, old)
     announce_content(call, repo, [(ref, old, new)])
     return answer({"success": True, "commitOid": new})
-
-
-def _kept_parents(call: Call, repo: Repo, ref: str) -> list[str]:
-    if not ref.startswith("refs/pr/"):
-        return []
-    document = talk.find(call.hub, repo, int(ref.removeprefix("refs/pr/")))
-    return [document["base"]]

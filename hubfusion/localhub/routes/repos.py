@@ -143,6 +143,9 @@ def info(call: Call) -> Response:
 @routes.add("GET", _KINDS + "/{name}")
 @routes.add("GET", _KINDS + "/{name}/revision/{rev}")
 @routes.add("GET", "/{name}/resolve/{rev}/{path*}")
+@routes.add("GET|POST|PUT|DELETE", _KINDS + "/{name}/{what:refs|commits|tree|paths-info|commit|preupload|discussions}")
+@routes.add("GET|POST|PUT|DELETE", _KINDS + "/{name}/{what:commits|tree|paths-info|commit|preupload}/{rev}")
+@routes.add("GET|POST|DELETE", _KINDS + "/{name}/{what:like|likers|settings|auth-check}")
 def without_namespace(call: Call) -> Response:
     """The Hub's few repositories without a namespace do not exist here."""
     raise missing_repo(call.user is None)

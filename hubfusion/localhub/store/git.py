@@ -296,7 +296,9 @@ class GitRepo:
 
     def write_merge(self, ours: str, theirs: str) -> tuple[str, list[str]]:
         """The tree of a three-way merge and the paths in conflict (empty when it is clean)."""
-        code, out = self.run("merge-tree", "--write-tree", "--name-only", "-z", ours, theirs, codes=(0, 1))
+        code, out = self.run(
+            "merge-tree", "--write-tree", "--allow-unrelated-histories", "--name-only", "-z", ours, theirs, codes=(0, 1)
+        )
         tree, *rest = out.decode(errors="surrogateescape").split("\0")
         return tree.strip(), sorted(set(rest[: rest.index("")])) if code == 1 else []
 
@@ -323,7 +325,7 @@ def init_bare(path: Path) -> None:
         env=ENVIRONMENT,
     )
     with (path / "config").open("a") as config:
-        config.write("[gc]\n\tauto = 0\n[core]\n\tfsync = committed\n[uploadpack]\n\tallowAnySHA1InWant = true\n")
+        config.write("[gc]\n\tauto = 0\n[core]\n\tfsync = committed\n")
 
 
 def is_ref_name(name: str) -> bool:

@@ -87,7 +87,7 @@ class Repos:
                 shutil.rmtree(path)
                 continue
             # A killed git leaves its lock files behind; nobody else writes here.
-            for lock in [path / "packed-refs.lock", *(path / "refs").rglob("*.lock")]:
+            for lock in [*path.glob("*.lock"), *(path / "refs").rglob("*.lock")]:
                 lock.unlink(missing_ok=True)
 
     def git(self, repo: Repo) -> GitRepo:
@@ -168,7 +168,7 @@ class Repos:
         with self.writing(repo), self._naming, self._guard:
             if other := self.find(repo.kind, namespace, name):
                 if other.number != repo.number:
-                    raise _taken(repo.kind)
+                    raise Refusal(409, f"A {repo.kind} repository called {other.id} already exists")
             with self._db.write() as connection:
                 connection.execute(
                     "UPDATE repos SET namespace = ?, name = ? WHERE number = ?", (namespace, name, repo.number)
