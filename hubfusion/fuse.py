@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ import numpy as np
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.lineage import Option, Recipe
 from hubfusion.methods import METHODS, Method
-from hubfusion.streaming import THREADS, Models, Piece, Range, fitting, in_threads, open_models
+from hubfusion.streaming import BLOCK, THREADS, Models, Piece, Range, fitting, in_threads, open_models
+from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
+
+KIND_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +49,13 @@ class Plan:
         if self.method not in METHODS:
             raise RecipeError(f"method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
         known = METHODS[self.method].options
-        for name, _ in self.options:
+        for name, value in self.options:
             if name not in known:
                 allowed = ", ".join(sorted(known)) or "none"
                 raise RecipeError(f"{self.method}: unknown option {name!r}, allowed are {allowed}")
+            kind = type(known[name])
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise RecipeError(f"{self.method}: {name} must be {KIND_WORDS[kind]}, got {value!r:.60}")
         if len(self.coefficients) != len(self.labels):
             raise RecipeError(f"one coefficient per input, got {len(self.coefficients)} for {len(self.labels)} inputs")
         for number in (*self.coefficients, self.scale):
@@ -99,6 +106,9 @@ class Fused:
     dropped: tuple[tuple[str, ...], ...]
 
 
+Listener = Callable[[Progress], None]
+
+
 def fuse(
     recipe: Recipe | Plan,
     base: Path,
@@ -106,7 +116,7 @@ def fuse(
     out: Path,
     *,
     settings: Settings | None = None,
-    on_event: Callable[[Progress | Piece], None] | None = None,
+    on_event: Listener | None = None,
 ) -> Fused:
     """Fuse ``inputs`` (in the recipe's order) into ``base`` and write the weights to the folder ``out``.
 
@@ -122,12 +132,15 @@ def fuse(
     if any(_same_place(out, path) for path in (base, *inputs)):
         raise CheckpointError(f"{out}: the output folder must be neither the base nor an input")
     order = plan.order
-    with open_models(base, [inputs[i] for i in order]) as models:
+    with ExitStack() as stack:
+        models = stack.enter_context(open_models(base, [inputs[i] for i in order]))
+        keywords = survey(plan.method, dict(plan.options), models, stack, settings.threads)
         specs = list(models.base.parameters.values())
         with write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes) as writing:
-            work = _Work(plan, models, writing, on_event)
+            work = _Work(plan, models, writing, keywords, on_event)
             work.copy_kept()
-            in_threads(models.ranges(settings.chunk or models.chunk()), work.start, settings.threads)
+            ranges = models.ranges(settings.chunk or models.chunk(), METHODS[plan.method].unit)
+            in_threads(ranges, work.start, settings.threads)
         norms = work.norms()
         back = np.argsort(order)
         fused = Fused(
@@ -141,6 +154,16 @@ def fuse(
     return fused
 
 
+def _squares(deltas: Array) -> Array:
+    """Squared norm of each row; in blocks small enough that the BLAS library starts no threads of its own."""
+    rows, size = deltas.shape
+    whole = size - size % BLOCK
+    blocks = deltas[:, :whole].reshape(rows, -1, BLOCK)
+    tail = deltas[:, whole:]
+    squares: Array = np.vecdot(blocks, blocks).sum(axis=1, dtype=np.float64) + np.vecdot(tail, tail)
+    return squares
+
+
 def _same_place(one: Path, other: Path) -> bool:
     folder = other if other.is_dir() else other.parent
     return one.resolve() == folder.resolve()
@@ -150,9 +173,9 @@ class _Work:
     """One fuse in progress: what its threads share."""
 
     def __init__(
-        self, plan: Plan, models: Models, writing: Writing, on_event: Callable[[Progress | Piece], None] | None
+        self, plan: Plan, models: Models, writing: Writing, keywords: Keywords, on_event: Listener | None
     ) -> None:
-        self.models, self.writing, self.on_event = models, writing, on_event
+        self.models, self.writing, self.keywords, self.on_event = models, writing, keywords, on_event
         self.method: Method = METHODS[plan.method]
         self.options: Mapping[str, Any] = dict(plan.options)
         self.scale = plan.scale
@@ -171,9 +194,8 @@ class _Work:
             buffer = fitting(buffer, where.last - where.first)
             piece = self.models.read(where, buffer)
             self._check(piece)
-            delta = self.method.function(
-                piece.deltas.reshape(-1, *where.shape), self.coefficients, **self.options
-            ).reshape(-1)
+            deltas = piece.deltas.reshape(-1, *where.shape)
+            delta = self.method.function(deltas, self.coefficients, **self.options, **self.keywords(piece)).reshape(-1)
             if self.scale != 1.0:
                 delta *= self.scale
             delta += piece.base
@@ -185,18 +207,10 @@ class _Work:
     def _check(self, piece: Piece) -> None:
         """Keep the squared norm of every delta; one that is not finite names its file."""
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = np.vecdot(piece.deltas, piece.deltas).astype(np.float64)
+            squares = _squares(piece.deltas)
         if not np.isfinite(squares).all():
-            where = piece.range
-            for source, delta in zip(self.models.sources, piece.deltas, strict=True):
-                bad = np.flatnonzero(~np.isfinite(delta))
-                if bad.size:
-                    raise CheckpointError(
-                        f"{source.path}: {where.parameter.name}: entry {where.first + int(bad[0])} minus the base's is "
-                        f"{float(delta[bad[0]])}; only finite values can be fused"
-                    )
-            wide = piece.deltas.astype(np.float64)
-            squares = np.vecdot(wide, wide)
+            self.models.refuse_not_finite(piece)
+            squares = _squares(piece.deltas.astype(np.float64))
         self.squares[piece.range.parameter.name, piece.range.first] = squares
 
     def norms(self) -> list[float]:

@@ -228,8 +228,11 @@ def test_progress_counts_every_entry_once(tmp_path):
     "fields, message",
     [
         ({"method": "mean"}, "method must be one of average, .* got 'mean'"),
-        ({"options": (("density", 0.2),)}, "average: unknown option 'density', allowed are none"),
+        ({"options": (("density", 0.2),)}, "average: unknown option 'density', allowed are norm"),
         ({"coefficients": (1.0,)}, "one coefficient per input, got 1 for 2 inputs"),
+        ({"options": (("norm", 3),)}, "average: norm must be a text, got 3"),
+        ({"method": "ties", "options": (("density", "a"),)}, "ties: density must be a number, got 'a'"),
+        ({"method": "ties", "options": (("density", 0),)}, r"ties: density must be in \(0, 1\], got 0"),
         ({"scale": float("nan")}, "coefficients and scale must be finite, got nan"),
         ({"coefficients": (1.0, -1.0)}, "average: coefficients must have a positive sum, got 0"),
     ],

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from hubfusion.errors import RecipeError
 
 Array = Any
+NORMS = ("keep", "clip", "equal")
 
 
 class Unit(StrEnum):
@@ -32,7 +34,15 @@ class Need(StrEnum):
     """What a first pass over all deltas must find out before a method can be given pieces."""
 
     NOTHING = "nothing"
+    NORMS = "norms"
+    GRAM = "gram"
+    SPHERE = "sphere"
     DRAWS = "draws"
+    THRESHOLDS = "thresholds"
+    BANDS = "bands"
+    SELECTION = "selection"
+    FISHERS = "fishers"
+    ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +50,6 @@ class Method:
     """A formula and how it may be streamed.
 
     ``needs`` names statistics that the function takes as keywords of plain values (None: it computes them from the
-    deltas it is given). ``clip`` is the default of the norm treatment that `fuse` applies before the method.
     """
 
     function: Callable[..., Array]
@@ -62,6 +71,11 @@ class Method:
 def namespace(array: Array) -> Any:
     """Return the array API namespace of an array: numpy's or torch's."""
     return array_api_compat.array_namespace(array)
+
+
+def to_numpy(array: Array) -> Any:
+    """Copy an array of any kind to numpy on the host (numpy arrays are returned as they are)."""
+    return array if isinstance(array, np.ndarray | np.generic) else array.cpu().numpy()
 
 
 def share(coefficients: Array, where: str) -> list[float]:
@@ -89,3 +103,18 @@ def one_of(where: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse an option that is not one of the allowed words."""
     if value not in allowed:
         raise RecipeError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def norm_factors(norms: Sequence[float], treatment: str) -> list[float]:
+    """Factor of each delta under a norm treatment; the median is over the deltas that are not zero.
+
+    >>> norm_factors([1.0, 2.0, 8.0], "clip"), norm_factors([1.0, 2.0, 8.0], "equal")
+    ([1.0, 1.0, 0.25], [2.0, 1.0, 0.25])
+    """
+    one_of("norm", "norm", treatment, NORMS)
+    longer = [n for n in norms if n > 0]
+    if treatment == "keep" or not longer:
+        return [1.0] * len(norms)
+    median = float(np.median(longer))
+    scale = [median / n if n > 0 else 1.0 for n in norms]
+    return [min(1.0, s) for s in scale] if treatment == "clip" else scale
