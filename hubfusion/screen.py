@@ -158,7 +158,7 @@ def _check_relation(card: Any, base: Base) -> None:
 
 
 def _cold_fusion(card: Mapping[str, Any]) -> Mapping[str, Any]:
-    block = card.get("cold_fusion", {})
+    block = {} if card.get("cold_fusion") is None else card["cold_fusion"]
     if not isinstance(block, Mapping):
         refuse(Reason.BAD_CARD, f"README.md: cold_fusion must be a mapping, got {short(block)}; run `hubfusion tag`")
     return block
