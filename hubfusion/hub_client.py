@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
-from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
+from hubfusion.errors import Conflict, Corrupt, Forbidden, HubError, NotFound
 from hubfusion.hub import Change, Commit, Kind, Listing, OnBytes
 from hubfusion.lineage import RemoteFile, Revision
 
@@ -138,6 +138,8 @@ class HubClient:
         on_bytes: OnBytes | None = None,
     ) -> Path:
         """See `Hub.download`."""
+        if target.is_file() and _has_listed_hash(target, file):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         for attempt in range(2):
@@ -290,6 +292,6 @@ def _reason(error: Exception) -> str:
 
 
 def _explained(what: str, error: Exception) -> HubError:
-    missing = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError)
-    kind = NotFound if missing or _status(error) == 404 else HubError
-    return kind(f"{what}: {_reason(error)}")
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError) or _status(error) == 404:
+        return NotFound(f"{what}: {_reason(error)}")
+    return (Forbidden if _status(error) in (401, 403) else HubError)(f"{what}: {_reason(error)}")
