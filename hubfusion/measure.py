@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hubfusion.errors import CheckpointError
-from hubfusion.headers import TensorSpec
-from hubfusion.layout import Layout, is_parameter
+from hubfusion.layout import Layout, Tensor, is_parameter
 from hubfusion.lineage import Reason
 from hubfusion.sketch import CHUNK, SIZE, Signs
-from hubfusion.stream import Checkpoint, Floats
+from hubfusion.streaming import THREADS, in_threads
+from hubfusion.weights import Checkpoint
 
+Floats = NDArray[np.float32]
 OnEntries = Callable[[int, int], None]
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block)\.(\d+)\.")
 
@@ -49,84 +51,123 @@ class TaskVector:
         return math.fsum(self.squares.values()) ** 2 / self.fourth if self.fourth else 0.0
 
 
-def entries_of(encoder: Mapping[str, TensorSpec]) -> int:
+def entries_of(encoder: Mapping[str, Tensor]) -> int:
     """Entries of all parameters together."""
     return sum(spec.entries for spec in encoder.values() if is_parameter(spec))
 
 
 def measure(
     base: Checkpoint,
-    encoder: Mapping[str, TensorSpec],
+    encoder: Mapping[str, Tensor],
     vectors: Sequence[TaskVector],
     signs: Signs,
     on_entries: OnEntries | None = None,
+    threads: int = THREADS,
 ) -> float:
     """Run over ``encoder`` (`hubfusion.layout.encoder_of` the base) and fill ``vectors``; returns ‖θ‖² of the base.
 
-    Raises `CheckpointError` when the base itself has a value that is not finite.
+    Sums are kept by chunk and added up in one order, whatever the number of threads. Raises `CheckpointError` when
+    the base itself has a value that is not finite.
     """
-    total, done, size = entries_of(encoder), 0, 0.0
-    theta, tau = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     for name, spec in encoder.items():
         if not is_parameter(spec):
             _compare_buffers(base, name, spec, vectors)
-            continue
-        for first in range(0, spec.entries, CHUNK):
-            count = min(CHUNK, spec.entries - first)
-            chunk = base.read(spec.name, first, theta[:count])
-            size += (square := float(np.dot(chunk, chunk)))
-            if not math.isfinite(square):
-                raise CheckpointError(f"{base.folder}: {spec.name} is not finite or too large to fuse")
-            for vector in vectors:
+    places = [
+        _Place(name, spec, first, min(CHUNK, spec.entries - first))
+        for name, spec in encoder.items()
+        if is_parameter(spec)
+        for first in range(0, spec.entries, CHUNK)
+    ]
+    sums = np.zeros((len(vectors) + 1, len(places), 4))
+    sketches: list[NDArray[np.float64]] = []
+    done, total, lock = 0, entries_of(encoder), threading.Lock()
+
+    def work() -> Callable[[int], None]:
+        theta, tau = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+        sketch = np.zeros((len(vectors), SIZE))
+        sketches.append(sketch)
+
+        def do(number: int) -> None:
+            nonlocal done
+            place = places[number]
+            chunk = theta[: place.count]
+            base.read(place.spec.name, place.first, chunk)
+            sums[-1, number, 0] = np.dot(chunk, chunk)
+            for i, vector in enumerate(vectors):
                 if vector.bad is None:
-                    _add(vector, name, first, chunk, tau[:count], signs)
-            done += count
-            if on_entries:
-                on_entries(done, total)
-    return size
+                    sums[i, number] = _add(vector, place, chunk, tau[: place.count], signs, sketch[i])
+            with lock:
+                done += place.count
+                if on_entries:
+                    on_entries(done, total)
+
+        return do
+
+    in_threads(range(len(places)), work, threads)
+    if not np.isfinite(sums[-1]).all():
+        wrong = places[int(np.flatnonzero(~np.isfinite(sums[-1, :, 0]))[0])]
+        raise CheckpointError(f"{base.path}: {wrong.spec.name} is not finite or too large to fuse")
+    for i, vector in enumerate(vectors):
+        vector.sketch = np.sum([sketch[i] for sketch in sketches], axis=0)
+        for place, square in zip(places, sums[i, :, 0], strict=True):
+            if square:
+                vector.squares[place.name] = vector.squares.get(place.name, 0.0) + float(square)
+        vector.along, vector.fourth = math.fsum(sums[i, :, 1]), math.fsum(sums[i, :, 2])
+        vector.largest = float(sums[i, :, 3].max(initial=0.0))
+    return math.fsum(sums[-1, :, 0])
 
 
-def _add(vector: TaskVector, name: str, first: int, theta: Floats, tau: Floats, signs: Signs) -> None:
-    """Take one chunk of one parameter into account; ``tau`` is scratch space."""
-    try:
-        vector.checkpoint.read(vector.layout.names[name], first, tau)
-    except CheckpointError as error:
-        vector.bad = (Reason.CORRUPT, str(error))
-        return
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """``count`` entries from ``first`` of one parameter."""
+
+    name: str
+    spec: Tensor
+    first: int
+    count: int
+
+
+def _add(
+    vector: TaskVector, place: _Place, theta: Floats, tau: Floats, signs: Signs, sketch: NDArray[np.float64]
+) -> tuple[float, float, float, float]:
+    """Read one chunk into ``tau`` (used up) and return Στ², Στθ, Στ⁴ and max |τ| over it; add to ``sketch``."""
     with np.errstate(over="ignore", invalid="ignore"):
+        try:
+            vector.checkpoint.read(vector.layout.names[place.name], place.first, tau)
+        except CheckpointError as error:
+            vector.bad = (Reason.CORRUPT, str(error))
+            return 0.0, 0.0, 0.0, 0.0
         np.subtract(tau, theta, out=tau)
         square = float(np.dot(tau, tau))
         if not math.isfinite(square):
             wrong = np.flatnonzero(~np.isfinite(tau))
             if len(wrong):
-                vector.bad = _not_finite(vector, name, first + int(wrong[0]), float(tau[wrong[0]]))
-                return
+                vector.bad = _not_finite(vector, place, int(wrong[0]), float(tau[wrong[0]]))
+                return 0.0, 0.0, 0.0, 0.0
             square = float(np.square(tau, dtype=np.float64).sum())
         if square == 0.0:
-            return
-        vector.squares[name] = vector.squares.get(name, 0.0) + square
-        vector.along += float(np.dot(tau, theta))
-        vector.largest = max(vector.largest, float(tau.max()), -float(tau.min()))
-        signs.add(vector.sketch, name, first, tau)
+            return 0.0, 0.0, 0.0, 0.0
+        along, largest = float(np.dot(tau, theta)), max(float(tau.max()), -float(tau.min()))
+        signs.add(sketch, place.name, place.first, tau)
         np.square(tau, out=tau)
-        vector.fourth += float(np.dot(tau, tau))
+        return square, along, float(np.dot(tau, tau)), largest
 
 
-def _not_finite(vector: TaskVector, name: str, entry: int, value: float) -> tuple[Reason, str]:
-    spec = vector.checkpoint.tensors[vector.layout.names[name]]
-    place = ", ".join(str(int(i)) for i in np.unravel_index(entry, spec.shape))
-    return Reason.NOT_FINITE, f"{spec.name}[{place}] is {value}; train again and check the loss"
+def _not_finite(vector: TaskVector, place: _Place, entry: int, value: float) -> tuple[Reason, str]:
+    spec = vector.checkpoint.parameters[vector.layout.names[place.name]]
+    where = ", ".join(str(int(i)) for i in np.unravel_index(place.first + entry, spec.shape))
+    return Reason.NOT_FINITE, f"{spec.name}[{where}] is {value}; train again and check the loss"
 
 
-def _compare_buffers(base: Checkpoint, name: str, spec: TensorSpec, vectors: Sequence[TaskVector]) -> None:
-    ours = base.read_whole(spec.name)
+def _compare_buffers(base: Checkpoint, name: str, spec: Tensor, vectors: Sequence[TaskVector]) -> None:
+    ours = base.read_bytes(spec.name)
     for vector in vectors:
         theirs = vector.layout.names.get(name)
-        if theirs and not vector.bad and not np.array_equal(ours, vector.checkpoint.read_whole(theirs)):
+        if theirs and not vector.bad and vector.checkpoint.read_bytes(theirs) != ours:
             vector.bad = (Reason.BUFFERS, f"buffer {theirs} differs from the base's; it is a constant")
 
 
-def kind_of(vector: TaskVector, encoder: Mapping[str, TensorSpec]) -> str:
+def kind_of(vector: TaskVector, encoder: Mapping[str, Tensor]) -> str:
     """Which part of the encoder was trained, in words."""
     names = list(vector.squares)
     if not names:

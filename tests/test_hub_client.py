@@ -279,7 +279,9 @@ def test_reads_survive_429_and_500_and_give_up_on_a_pause_that_is_too_long(
         list(ann.models("cold-fusion"))
 
 
-def test_the_token_stays_at_home_when_a_page_link_leads_elsewhere(server: LocalHub, faults: Faults, ann: HubClient) -> None:
+def test_the_token_stays_at_home_when_a_page_link_leads_elsewhere(
+    server: LocalHub, faults: Faults, ann: HubClient
+) -> None:
     from huggingface_hub.utils import get_session
 
     away = server.endpoint.replace("127.0.0.1", "localhost")

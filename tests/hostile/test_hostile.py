@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from hubfusion.lineage import Contribution, Reason, Rejected
+from hubfusion.fuse import fuse
+from hubfusion.lineage import Contribution, Reason, Recipe, Rejected
 from hubfusion.screen import Policy, apply_caps, screen
 from hubfusion.soundness import examine
 from tests.fake_hub import FakeHub, finetune
@@ -128,3 +130,11 @@ def test_an_iteration_with_all_of_them_keeps_just_the_honest(tmp_path: Path) -> 
     rejected = [v for v in verdicts if isinstance(v, Rejected)] + list(capped) + list(report.rejected)
     assert {r.revision.repo: r.reason for r in rejected} == {repo: reason for repo, (_, reason) in expected.items()}
     assert {r.repo for r in report.accepted} == honest
+    inputs = [path for contribution, path in paths if contribution.revision in report.accepted]
+    recipe = Recipe(base.revision, report.accepted, (1.0,) * len(inputs))
+    fuse(recipe, folder, inputs, tmp_path / "fused")
+    fused = load_file(tmp_path / "fused" / WEIGHTS)
+    made = [finetuned(base_tensors(), seed) for seed in range(6)]
+    for name in (n for n, value in base_tensors().items() if value.dtype == np.float32):
+        mean = np.mean([tensors[f"bert.{name}"].astype(float) for tensors in made], axis=0)
+        np.testing.assert_allclose(fused[name], mean, rtol=1e-6, atol=1e-8)
