@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from hubfusion.errors import CheckpointError
 from hubfusion.layout import encoder_of, match
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
-from hubfusion.measure import OnEntries, TaskVector, entries_of, kind_of, measure
 from hubfusion.sketch import SIZE, Signs
+from hubfusion.taskvectors import OnEntries, TaskVector, entries_of, kind_of, measure
 from hubfusion.weights import INDEX, SINGLE, open_checkpoint
 
 log = logging.getLogger(__name__)

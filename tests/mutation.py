@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("headers", "layout", "measure", "peek", "screen", "soundness")
+MODULES = ("headers", "layout", "peek", "screen", "soundness", "taskvectors")
 TESTS = ("tests/hostile", "tests/test_headers.py", "tests/test_screen.py", "tests/test_soundness.py")
 SKIPPED = (
     "not transformers and not roberta and not largest and not whatever and not random_and_mutated and not mutation"
