@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from hubfusion.errors import CheckpointError
-from hubfusion.headers import TensorSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What transformers calls base_model_prefix, for encoders and decoders that people share.
@@ -22,6 +22,29 @@ PREFIXES = frozenset(
 )
 # Buffers of constants that some versions of transformers write and others do not; never fused.
 CONSTANTS = (".position_ids", ".token_type_ids")
+
+
+class Tensor(Protocol):
+    """What is asked of a tensor: one of a header (`hubfusion.headers.TensorSpec`) or of an open checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """Name in its file."""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors writes it: ``F32``, ``I64``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+
+
+T = TypeVar("T", bound=Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +59,12 @@ class Layout:
     heads: tuple[str, ...]
 
 
-def is_parameter(spec: TensorSpec) -> bool:
+def is_parameter(spec: Tensor) -> bool:
     """Whether training can move the tensor; integers and booleans are buffers."""
     return spec.dtype in FLOATS
 
 
-def encoder_of(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+def encoder_of(tensors: Mapping[str, T]) -> dict[str, T]:
     """The base's tensors without its prefix and without its own heads: what a finetune has to bring.
 
     A first name that `PREFIXES` knows, that holds an embedding and at least half of all tensors, is a prefix.
@@ -53,7 +76,7 @@ def encoder_of(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return dict(tensors)
 
 
-def match(base: Mapping[str, TensorSpec], tensors: Mapping[str, TensorSpec], *, any_float: bool = False) -> Layout:
+def match(base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, any_float: bool = False) -> Layout:
     """Find the encoder of ``base`` in a checkpoint's ``tensors``.
 
     Dtypes must be equal, or just floating with ``any_float``. Raises `CheckpointError` that names the first parameter
@@ -79,21 +102,21 @@ def match(base: Mapping[str, TensorSpec], tensors: Mapping[str, TensorSpec], *, 
     return Layout(prefix, names, tuple(heads))
 
 
-def _find_prefix(encoder: Mapping[str, TensorSpec], tensors: Mapping[str, TensorSpec]) -> str:
+def _find_prefix(encoder: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
     """The prefix under which most of the encoder is found; none when nothing is."""
     present = {name.partition(".")[0] for name in tensors} & PREFIXES
     candidates = ["", *sorted(p + "." for p in present)]
     return max(candidates, key=lambda prefix: sum(prefix + name in tensors for name in encoder))
 
 
-def _check_spec(spec: TensorSpec, found: TensorSpec, any_float: bool) -> None:
+def _check_spec(spec: Tensor, found: Tensor, any_float: bool) -> None:
     if found.shape != spec.shape:
         raise CheckpointError(f"{found.name} has shape {list(found.shape)}, the base has {list(spec.shape)}")
     if found.dtype != spec.dtype and not (any_float and is_parameter(found) and is_parameter(spec)):
         raise CheckpointError(f"{found.name} has dtype {found.dtype}, the base has {spec.dtype}")
 
 
-def _check_head(name: str, prefix: str, inside: set[str], encoder: Mapping[str, TensorSpec]) -> None:
+def _check_head(name: str, prefix: str, inside: set[str], encoder: Mapping[str, Tensor]) -> None:
     """Refuse a tensor that sits inside the encoder but that the base does not know, or a second copy of one it does."""
     own = name[len(prefix) :] if name.startswith(prefix) else None
     if own is not None and own.endswith(CONSTANTS):

@@ -158,7 +158,7 @@ def _check_relation(card: Any, base: Base) -> None:
 
 
 def _cold_fusion(card: Mapping[str, Any]) -> Mapping[str, Any]:
-    block = card.get("cold_fusion", {})
+    block = {} if card.get("cold_fusion") is None else card["cold_fusion"]
     if not isinstance(block, Mapping):
         refuse(Reason.BAD_CARD, f"README.md: cold_fusion must be a mapping, got {short(block)}; run `hubfusion tag`")
     return block
@@ -224,7 +224,7 @@ def _check_files(listed: Sequence[RemoteFile], policy: Policy) -> dict[str, Remo
         refuse(Reason.TOO_LARGE, f"more than {policy.max_files} files; a contribution needs config and weights")
     seen: set[str] = set()
     for file in listed:
-        if problem := _path_problem(file.path):
+        if problem := path_problem(file.path):
             refuse(Reason.BAD_FILES, f"file name {short(file.path)} {problem}")
         if file.path.casefold() in seen:
             refuse(Reason.BAD_FILES, f"file name {short(file.path)} is there twice but for upper and lower case")
@@ -234,7 +234,8 @@ def _check_files(listed: Sequence[RemoteFile], policy: Policy) -> dict[str, Remo
     return {f.path: f for f in listed if "/" not in f.path}
 
 
-def _path_problem(path: str) -> str:
+def path_problem(path: str) -> str:
+    """Why a path must not be written below a folder or shown; empty when it is fine."""
     if not path or len(path) > 512:
         return "is empty or longer than 512 characters"
     if any(unicodedata.category(c) in ZERO_WIDTH_OR_CONTROL for c in path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 from hubfusion.errors import CheckpointError
 from hubfusion.layout import encoder_of, match
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
-from hubfusion.measure import OnEntries, TaskVector, entries_of, kind_of, measure
 from hubfusion.sketch import SIZE, Signs
-from hubfusion.stream import Checkpoint
+from hubfusion.taskvectors import OnEntries, TaskVector, entries_of, kind_of, measure
+from hubfusion.weights import INDEX, SINGLE, open_checkpoint
 
 log = logging.getLogger(__name__)
 GROWTH = 0.45
@@ -117,20 +118,21 @@ def examine(
     earlier: dict[str, TaskVector] = {}
     objections: dict[int, tuple[Reason, str]] = {}
     with ExitStack() as stack:
-        ours = stack.enter_context(Checkpoint(base, follow_links=True))
-        encoder = encoder_of(ours.tensors)
+        ours = stack.enter_context(open_checkpoint(base))
+        encoder = encoder_of(ours.parameters)
         for number, (_, folder) in enumerate(contributions):
             try:
-                checkpoint = stack.enter_context(Checkpoint(folder))
-                vectors[number] = TaskVector(checkpoint, match(ours.tensors, checkpoint.tensors, any_float=True))
+                _check_folder(folder)
+                checkpoint = stack.enter_context(open_checkpoint(folder))
+                vectors[number] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters, any_float=True))
             except CheckpointError as error:
                 objections[number] = (Reason.CORRUPT, f"not what was screened: {error}")
         for name, folder in (versions or {}).items():
-            checkpoint = stack.enter_context(Checkpoint(folder, follow_links=True))
-            earlier[name] = TaskVector(checkpoint, match(ours.tensors, checkpoint.tensors))
+            checkpoint = stack.enter_context(open_checkpoint(folder))
+            earlier[name] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters))
         size = measure(ours, encoder, [*vectors.values(), *earlier.values()], Signs(seed), on_entries)
     if broken := next(((n, v.bad) for n, v in earlier.items() if v.bad), None):
-        raise CheckpointError(f"version {broken[0]}: {broken[1]}")
+        raise CheckpointError(f"version {broken[0]}: {broken[1][1]}")
     objections |= {n: v.bad for n, v in vectors.items() if v.bad}
     whole = {n: v for n, v in vectors.items() if not v.bad}
     measures = {n: _describe(contributions[n][0], v, size, kind_of(v, encoder), earlier, tag) for n, v in whole.items()}
@@ -149,6 +151,15 @@ def examine(
     log.info("soundness: %d examined, %d rejected", len(contributions), len(rejected))
     rows = tuple(tuple(round(float(x), 6) for x in row) for row in cosines)
     return Report(tuple(measures.values()), rows, rejected, median(left) if left else 0.0, entries, seed)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse links, pipes and devices: what a stranger's download left must be plain files, of one checkpoint."""
+    for path in sorted(folder.iterdir()):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path.name} is not a regular file")
+    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+        raise CheckpointError(f"{SINGLE} and {INDEX} are both there")
 
 
 def clip_factors(report: Report, bound: float | None = None) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hubfusion.errors import Conflict, NotFound
+from hubfusion.errors import Conflict, Corrupt, NotFound
 from hubfusion.hub import Change, Commit, Kind, Listing, OnBytes
 from hubfusion.lineage import Finetune, RemoteFile, Revision
 
@@ -89,7 +89,13 @@ class FakeHub:
         kind: Kind = Kind.MODEL,
         on_bytes: OnBytes | None = None,
     ) -> Path:
-        content = self._tree(revision)[file.path]
+        tree = self._tree(revision)
+        if file.path not in tree:
+            raise NotFound(f"{revision} {file.path}: no such file")
+        content = tree[file.path]
+        found = remote_file(file.path, content)
+        if (found.sha256 or found.blob) != (file.sha256 or file.blob):
+            raise Corrupt(f"{revision} {file.path}: the bytes do not have the hash that the Hub lists")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         return target
@@ -117,12 +123,9 @@ class FakeHub:
 
 def remote_file(path: str, content: Content) -> RemoteFile:
     """The entry that a Hub lists: safetensors are LFS files, with their sha256."""
-    if isinstance(content, Path):
-        data, size = content.read_bytes, content.stat().st_size
-    else:
-        data, size = (lambda: content), len(content)
-    sha256 = hashlib.sha256(data()).hexdigest() if path.endswith(".safetensors") else None
-    return RemoteFile(path, size, "0" * 40, sha256)
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else None
+    return RemoteFile(path, len(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), sha256)
 
 
 def finetune(hub: FakeHub, revision: Revision, card: Any, **changes: Any) -> Finetune:

@@ -278,6 +278,26 @@ def test_links_pipes_and_folders_in_place_of_weights_are_not_opened(batch: Batch
     assert "not a regular file" in report.rejected[1].detail
 
 
+def test_a_file_cut_short_while_it_is_read_is_corrupt_and_the_others_go_on(batch: Batch) -> None:
+    batch.honest(1, 2)
+    target = batch.entries[0][1] / "model.safetensors"
+
+    def cut(done: int, total: int) -> None:
+        with open(target, "r+b") as handle:
+            handle.truncate(9000)
+
+    report = batch.examine(on_entries=cut)
+    assert reasons(report) == {"user0": Reason.CORRUPT} and "cut off" in detail(report)
+
+
+def test_an_earlier_version_that_is_not_finite_is_an_error(batch: Batch, tmp_path: Path) -> None:
+    bad = base_tensors()
+    bad["pooler.dense.bias"][0] = math.nan
+    folder = write_folder(tmp_path / "v0", {"model.safetensors": weights(bad)})
+    with pytest.raises(CheckpointError, match="version v0: pooler.dense.bias.0. is nan"):
+        examine(batch.base, batch.honest(1).entries, versions={"v0": folder})
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_float_types_are_measured_as_float32(batch: Batch, dtype: str) -> None:
     plain = finetuned(base_tensors(), 1, step=0.01)
