@@ -28,9 +28,8 @@ def found_base(run: Run, model: Path, license: str, language: str) -> Revision:
     }
     page = render("ledger.md.j2", matter, base=config.base, endpoint=hub.endpoint)
     _begin(run, config.ledger, Kind.DATASET, {"README.md": page.encode(), LEDGER_FILE: b""}, "begin the ledger")
-    _begin(
-        run, config.ranking, Kind.DATASET, {"README.md": f"# Ranking of {config.base}\n".encode()}, "begin the ranking"
-    )
+    begun = f"---\npretty_name: Ranking of {config.base}\n---\n# Ranking of {config.base}\n"
+    _begin(run, config.ranking, Kind.DATASET, {"README.md": begun.encode()}, "begin the ranking")
     hub.create(config.base)
     tags = hub.tags(config.base)
     if "v0" in tags:

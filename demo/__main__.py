@@ -6,6 +6,7 @@ What the demo claims at the end it has checked (`demo.verify`); the exit code is
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -57,6 +58,7 @@ def main() -> int:
     try:
         wheels = fetch_wheels(WHEELS)
         with open_place(RUN.absolute()) as place:
+            os.environ |= place.environment  # before any client library reads its settings at import
             seed(place, wheels)
             for number in (1, 2):
                 say(f"iteration {number}: five people finetune the base, each on data of their own")

@@ -69,7 +69,6 @@ def open_place(folder: Path) -> Iterator[Place]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    os.environ.update({name: environment[name] for name in environment if name.startswith("HF_")})
     command = ["hubfusion", "hub", "serve", "--dir", str((folder / "hub").absolute()), "--port", str(port)]
     with open(folder / "hub.log", "wb") as log:
         server = subprocess.Popen(
