@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 import re
 import tempfile
 import uuid
@@ -27,6 +28,7 @@ from hubfusion.localhub.refusal import Refusal
 if TYPE_CHECKING:
     from hubfusion.localhub.state import Hub
 
+log = logging.getLogger(__name__)
 SMALL_BODY = 16 << 20
 """Bytes: the most that a JSON or form body may have."""
 COMMIT_BODY = 256 << 20
@@ -166,6 +168,9 @@ class Router:
             response = await self._answer(request, limits)
         except Refusal as refusal:
             response = refuse(refusal)
+        except Exception:
+            log.exception("%s %s", request.method, request.url.path)
+            response = refuse(Refusal(500, "Internal Error - We're working hard to fix this as soon as possible!"))
         for name, value in limits.items():
             response.headers[name] = value
         await response(scope, receive, send)

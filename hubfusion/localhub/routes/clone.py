@@ -8,6 +8,7 @@ import re
 import subprocess
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 from starlette.responses import Response, StreamingResponse
 
@@ -76,8 +77,9 @@ def _stream(command: list[str], environment: dict[str, str], request: bytes) -> 
     ) as process:
         assert process.stdin is not None and process.stdout is not None  # both are pipes
         try:
-            process.stdin.write(request)
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # git hangs up on a request that makes no sense
+                process.stdin.write(request)
+                process.stdin.close()
             while block := process.stdout.read(1 << 16):
                 yield block
         finally:

@@ -45,8 +45,8 @@ def preupload(call: Call) -> Response:
     given = body.get("gitIgnore") or (git.blob(rules.oid).decode(errors="replace") if rules else "")
     ignored = [line.strip() for line in str(given).splitlines()]
     files = body.get("files")
-    if not isinstance(files, list):
-        raise Refusal(400, "files must be a list")
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        raise Refusal(400, "files must be a list of {path, size, sample}")
     out = []
     for file in files:
         path, size = checked_path(file.get("path")), file.get("size")

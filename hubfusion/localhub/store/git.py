@@ -316,6 +316,16 @@ class GitRepo:
         return self.run("mktag", given=given)[1].decode().strip()
 
 
+_CONFIG = """[core]
+	repositoryformatversion = 0
+	filemode = true
+	bare = true
+	fsync = committed
+[gc]
+	auto = 0
+"""
+
+
 def init_bare(path: Path) -> None:
     """A new bare repository with `main` as its HEAD and every object forced to the disk before a ref names it."""
     subprocess.run(
@@ -324,8 +334,7 @@ def init_bare(path: Path) -> None:
         capture_output=True,
         env=ENVIRONMENT,
     )
-    with (path / "config").open("a") as config:
-        config.write("[gc]\n\tauto = 0\n[core]\n\tfsync = committed\n")
+    (path / "config").write_text(_CONFIG)
 
 
 def is_ref_name(name: str) -> bool:

@@ -23,6 +23,7 @@ from hubfusion.localhub.store.gitattributes import INITIAL
 from hubfusion.localhub.store.recent import Recent
 
 MAIN = "refs/heads/main"
+_TEMPLATE = "empty.git"
 
 
 class Kind(StrEnum):
@@ -82,7 +83,10 @@ class Repos:
 
     def _sweep(self) -> None:
         known = {f"{row['number']}.git" for row in self._db.rows("SELECT number FROM repos")}
+        init_bare(self._root / _TEMPLATE)
         for path in self._root.iterdir():
+            if path.name == _TEMPLATE:
+                continue
             if path.name not in known:
                 shutil.rmtree(path)
                 continue
@@ -147,7 +151,7 @@ class Repos:
 
     def _found(self, repo: Repo, now: float) -> None:
         path = self._root / f"{repo.number}.git"
-        init_bare(path)
+        shutil.copytree(self._root / _TEMPLATE, path)
         git = self.git(repo)
         first = git.write_commit(
             [], [Put(".gitattributes", INITIAL.encode())], "initial commit", Signature(repo.creator, now)
