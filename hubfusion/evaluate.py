@@ -90,7 +90,16 @@ def evaluate(
     if not names or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
         raise EvaluationError(f"evaluate: protocols and seeds must be given once each, got {names} and {list(seeds)}")
     shas = {d.name: resolve(d) for d in suite.datasets}
-    units = [Unit(model, d, shas[d.name], p, s) for d in suite.datasets for p in protocols for s in seeds]
+    for protocol in protocols:
+        for name in protocol.datasets or ():
+            suite.get(name)  # refuses a dataset that the suite lacks
+    units = [
+        Unit(model, d, shas[d.name], p, s)
+        for d in suite.datasets
+        for p in protocols
+        if p.datasets is None or d.name in p.datasets
+        for s in seeds
+    ]
     results: dict[str, Result] = {}
     for unit in units:
         if (stored := read_result(store, unit)) is not None:
@@ -99,7 +108,7 @@ def evaluate(
     missing = [u for u in units if u.key not in results]
     log.info("evaluate %s: %d units, %d in the store", model, len(units), len(results))
     if missing:
-        from hubfusion.units import measure_units
+        from hubfusion.measure import measure_units
 
         for unit, result in measure_units(checkpoint, missing):
             write_result(store, unit, result)

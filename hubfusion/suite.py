@@ -106,9 +106,9 @@ class Dataset:
         return self.metric is Metric.SPEARMAN
 
     def key(self, sha: str) -> str:
-        """What was read: the commit and 16 digits for how; notes, names and families do not change it."""
+        """What was read: the commit and 16 digits for how; notes and families do not change it."""
         spec = to_json(self)
-        for name in ("name", "repo", "family", "note", "noisy", "test_size", "revision"):
+        for name in ("repo", "family", "note", "noisy", "test_size", "revision"):
             del spec[name]
         return f"{sha}+{digest(spec)}"
 
