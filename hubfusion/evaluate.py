@@ -1,0 +1,178 @@
+"""checkpoint + suite + protocols + seeds -> Scores; what was computed once is never computed again.
+
+The unit of work is (model, dataset, protocol, seed). Its result is one JSON file named by the digest of what it is
+about, written beside and renamed: a run that dies loses one unit. Everything heavy is imported only if a unit is
+missing, so a second call answers in the time it takes to read a few files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hubfusion.corpora import resolve
+from hubfusion.errors import EvaluationError
+from hubfusion.lineage import dumps, loads
+from hubfusion.protocols import Protocol, digest
+from hubfusion.scores import Provenance, Score, Scores
+from hubfusion.suite import Dataset, Suite
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One thing to be measured: this model on this dataset (at this commit) under this protocol with this seed."""
+
+    model: str
+    dataset: Dataset
+    sha: str
+    protocol: Protocol
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Digest of everything the number depends on; the file's name in the store."""
+        return digest([self.model, self.dataset.key(self.sha), self.protocol.hash, self.seed])
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One measured number (percent) and how it was made: test and training examples, seconds, versions, device."""
+
+    model: str
+    data: str
+    recipe: str
+    seed: int
+    metric: str
+    value: float
+    examples: int
+    train_examples: int
+    seconds: float
+    versions: Mapping[str, str]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Progress: one more unit is known. ``stored`` if it came from the store; ``done`` of ``total`` so far."""
+
+    dataset: str
+    protocol: str
+    seed: int
+    value: float
+    stored: bool
+    done: int
+    total: int
+
+
+def evaluate(
+    checkpoint: Path,
+    model: str,
+    suite: Suite,
+    protocols: Sequence[Protocol],
+    seeds: Sequence[int],
+    store: Path,
+    *,
+    on_event: Callable[[Evaluated], None] | None = None,
+) -> Scores:
+    """Score the checkpoint folder as a base: every dataset of the suite under every protocol with every seed.
+
+    ``model`` names the checkpoint's content (``repo@sha``, or any digest of it) and is what results are stored
+    under; the caller vouches for it. The same seeds give the same draws, data order and heads for every model, so
+    two `Scores` made with them can be compared in pairs.
+    """
+    names = [p.name for p in protocols]
+    if not names or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
+        raise EvaluationError(f"evaluate: protocols and seeds must be given once each, got {names} and {list(seeds)}")
+    shas = {d.name: resolve(d) for d in suite.datasets}
+    units = [Unit(model, d, shas[d.name], p, s) for d in suite.datasets for p in protocols for s in seeds]
+    results: dict[str, Result] = {}
+    for unit in units:
+        if (stored := read_result(store, unit)) is not None:
+            results[unit.key] = stored
+            _tell(on_event, unit, stored, True, len(results), len(units))
+    missing = [u for u in units if u.key not in results]
+    log.info("evaluate %s: %d units, %d in the store", model, len(units), len(results))
+    if missing:
+        from hubfusion.units import measure_units
+
+        for unit, result in measure_units(checkpoint, missing):
+            write_result(store, unit, result)
+            results[unit.key] = result
+            _tell(on_event, unit, result, False, len(results), len(units))
+    return collect(model, units, results)
+
+
+def collect(model: str, units: Sequence[Unit], results: Mapping[str, Result]) -> Scores:
+    """Gather the results of all ``units`` (by key) into one `Scores`."""
+    groups: dict[tuple[str, str], list[tuple[int, Result]]] = {}
+    for unit in units:
+        groups.setdefault((unit.dataset.name, unit.protocol.name), []).append((unit.seed, results[unit.key]))
+    entries = []
+    for (dataset, protocol), found in groups.items():
+        first = found[0][1]
+        entries.append(
+            Score(
+                dataset,
+                protocol,
+                first.metric,
+                tuple(s for s, _ in found),
+                tuple(r.value for _, r in found),
+                first.examples,
+            )
+        )
+    devices = sorted({r.device for r in results.values()})
+    versions: dict[str, str] = {}
+    for result in results.values():
+        for package, version in result.versions.items():
+            versions[package] = ", ".join(sorted({version, *filter(None, versions.get(package, "").split(", "))}))
+    provenance = Provenance(
+        {u.protocol.name: u.protocol.hash for u in units},
+        {u.dataset.name: u.dataset.key(u.sha) for u in units},
+        versions,
+        ", ".join(devices),
+    )
+    return Scores(model, tuple(entries), provenance)
+
+
+def _path(store: Path, unit: Unit) -> Path:
+    return store / unit.key[:2] / f"{unit.key}.json"
+
+
+def read_result(store: Path, unit: Unit) -> Result | None:
+    """The stored result of this unit, None if there is none; one that is about something else is an error."""
+    path = _path(store, unit)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    result = loads(Result, text, str(path))
+    if (result.model, result.data, result.recipe, result.seed) != (
+        unit.model,
+        unit.dataset.key(unit.sha),
+        unit.protocol.hash,
+        unit.seed,
+    ):
+        raise EvaluationError(f"{path}: is about {result.model}, seed {result.seed}; delete it to measure again")
+    return result
+
+
+def write_result(store: Path, unit: Unit, result: Result) -> None:
+    """Store a result: written beside and renamed, so a reader sees all of it or none."""
+    path = _path(store, unit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(dumps(result))
+    os.replace(file.name, path)
+
+
+def _tell(
+    on_event: Callable[[Evaluated], None] | None, unit: Unit, result: Result, stored: bool, done: int, total: int
+) -> None:
+    if on_event:
+        on_event(Evaluated(unit.dataset.name, unit.protocol.name, unit.seed, result.value, stored, done, total))

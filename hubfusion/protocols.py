@@ -1,0 +1,182 @@
+"""How a model is scored: frozen recipes (`Training`, `Protocol`), the standard ones, and the hash that names each.
+
+Imports nothing heavy: a stored result is found by its protocol's hash alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hubfusion.errors import EvaluationError, FusionError
+from hubfusion.lineage import from_json, to_json
+
+# Part of every protocol hash: raised when the code changes what an unchanged recipe computes.
+MEANING = 1
+
+
+class Mode(StrEnum):
+    """Which parameters learn: all of them, the head alone, or the head and the biases of BitFit (mini)."""
+
+    FULL = "full"
+    HEAD = "head"
+    BITFIT = "bitfit"
+
+
+class Encoding(StrEnum):
+    """How text becomes tokens: the tokenizer's own pair encoding, or Model Recycling's ``a <SEP> b<name``."""
+
+    PAIR = "pair"
+    RECYCLING = "recycling"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward pass; parameters and optimizer state are float32 in both."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Head(StrEnum):
+    """The head of linear probing: logistic (ridge) regression, or RoBERTa's dense, tanh, dense."""
+
+    LINEAR = "linear"
+    TWO_LAYER = "two-layer"
+
+
+class Pooling(StrEnum):
+    """What linear probing reads from the last layer: the mean over tokens, or the first token."""
+
+    MEAN = "mean"
+    FIRST = "first"
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One finetune. The defaults are the recipe of ColD Fusion (App. B) and Model Recycling (faq.md, code).
+
+    ``warmup`` is the share of steps with rising learning rate (0.0006 as printed in both; "0.6 %" in Where to start?);
+    then it falls linearly to 0. ``validate_every`` and ``patience`` count training examples: training stops when the
+    validation metric (0-1) did not rise by ``epsilon`` within ``patience`` examples. ``max_length`` is in tokens.
+    """
+
+    learning_rate: float = 5e-5
+    batch_size: int = 256
+    epochs: int = 10
+    warmup: float = 0.0006
+    weight_decay: float = 0.01
+    max_length: int = 250
+    validate_every: int = 50 * 256
+    patience: int = 20 * 50 * 256
+    epsilon: float = 0.001
+    clip_norm: float = 1.0
+    mode: Mode = Mode.FULL
+    encoding: Encoding = Encoding.PAIR
+    precision: Precision = Precision.FLOAT32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values no training could follow."""
+        for name in ("learning_rate", "batch_size", "epochs", "max_length", "validate_every", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise EvaluationError(f"training: {name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise EvaluationError(f"training: warmup must be a share in [0, 1), got {self.warmup}")
+        if self.weight_decay < 0 or self.patience < 0:
+            raise EvaluationError("training: weight_decay and patience must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A way to score a model as a base.
+
+    ``examples`` training examples are drawn anew for every seed (all of them when None), or ``per_class`` for each
+    label. With ``mode = "head"`` the features of the frozen encoder are computed once and ``head`` and ``pooling``
+    say what is trained on them; ``inverse_penalty`` is C of the logistic regression (features standardised on the
+    training examples).
+    """
+
+    name: str
+    training: Training = field(default_factory=Training)
+    examples: int | None = None
+    per_class: int | None = None
+    head: Head = Head.LINEAR
+    pooling: Pooling = Pooling.MEAN
+    inverse_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a draw that says two things, or nothing."""
+        if self.examples is not None and self.per_class is not None:
+            raise EvaluationError(f"protocol {self.name}: examples or per_class, not both")
+        for key in ("examples", "per_class"):
+            if (count := getattr(self, key)) is not None and count < 1:
+                raise EvaluationError(f"protocol {self.name}: {key} must be at least 1, got {count}")
+        if not self.inverse_penalty > 0:
+            raise EvaluationError(f"protocol {self.name}: inverse_penalty must be above 0, got {self.inverse_penalty}")
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits that stand for everything but the name and the seed: equal recipes, equal hash."""
+        recipe = to_json(replace(self, name="", training=replace(self.training, seed=0)))
+        return digest({"meaning": MEANING, "recipe": recipe})
+
+
+def digest(data: Any) -> str:
+    """16 hexadecimal digits of the canonical JSON of plain data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_HEAD = Training(mode=Mode.HEAD, learning_rate=1e-3)
+STANDARD: Mapping[str, Protocol] = {
+    p.name: p
+    for p in (
+        Protocol("finetune"),
+        Protocol("linear-probing", _HEAD),
+        Protocol("two-layer-probing", _HEAD, head=Head.TWO_LAYER, pooling=Pooling.FIRST),
+        Protocol("few-shot", Training(batch_size=16, epochs=10), examples=100),
+        Protocol("bitfit", Training(mode=Mode.BITFIT, learning_rate=1e-3)),
+    )
+}
+
+
+def read_protocols(path: Path) -> dict[str, Protocol]:
+    """Protocols from a TOML file: ``[name]`` tables, each starting from a standard one named by ``like``.
+
+    ``[finetune] like = "finetune"`` is implied when the table has a standard name; ``training`` is a nested table.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: not a protocol file: {error}") from None
+    return {name: _read_protocol(f"{path}: {name}", name, table) for name, table in tables.items()}
+
+
+def _read_protocol(where: str, name: str, table: Any) -> Protocol:
+    if not isinstance(table, dict):
+        raise EvaluationError(f"{where}: a table is needed, got {table!r:.60}")
+    table = dict(table)
+    start = find_protocol(str(table.pop("like", name)))
+    data = to_json(replace(start, name=name))
+    data["training"] |= table.pop("training", {})
+    if table.get("per_class") is not None:
+        data["examples"] = None
+    try:
+        return from_json(Protocol, data | table, where)
+    except EvaluationError as error:
+        raise EvaluationError(f"{where}: {error}") from None
+    except FusionError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def find_protocol(name: str, known: Mapping[str, Protocol] = STANDARD) -> Protocol:
+    """The protocol of this name; `EvaluationError` lists the known ones."""
+    if name not in known:
+        raise EvaluationError(f"protocol {name!r}: allowed are {', '.join(known)}")
+    return known[name]

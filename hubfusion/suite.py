@@ -1,0 +1,179 @@
+"""Evaluation suites as typed data: which dataset, which columns, which splits, which metric, and the reason for each.
+
+A suite is a TOML file. ``hubfusion/suites/`` has those that ship; any other path works as well. Datasets are read
+from the Hub (``HF_ENDPOINT``) at a pinned commit, without a token: what is scored must be public.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+
+from hubfusion.errors import EvaluationError, FusionError
+from hubfusion.lineage import from_json, to_json
+from hubfusion.protocols import digest
+
+
+class Metric(StrEnum):
+    """What is reported; all in [0, 1] (Spearman in [-1, 1]) before they become percentages."""
+
+    ACCURACY = "accuracy"
+    MACRO_F1 = "macro_f1"
+    MATTHEWS = "matthews"
+    SPEARMAN = "spearman"
+
+
+class Family(StrEnum):
+    """The families of Model Recycling, and two more."""
+
+    GENERAL = "general"
+    TOPIC = "topic"
+    SENTIMENT = "sentiment"
+    TWITTER = "twitter"
+    NLI = "nli"
+    DIALOGUE = "dialogue"
+    OTHER = "other"
+
+
+class Cut(StrEnum):
+    """How a validation split is cut from train when the dataset has none to spare.
+
+    ``edges`` (Model Recycling's GLUE rule): the first and last 5 %, or 500 examples each when train has more than
+    10,000. ``tenth`` (Where to start?, App. C): the smaller of 10 % and 1,000 examples, drawn at random.
+    """
+
+    EDGES = "edges"
+    TENTH = "tenth"
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One task: where it lies on the Hub and how it is read.
+
+    ``repo`` is a Hub id, or a local folder (``/…``, ``./…``) with a parquet, CSV or JSON lines file for each split.
+    ``text``: the column(s); the first is the first segment, the others joined by a space the second. ``label``: the
+    label column. ``bins``: turn a label in [0, 1] into ``int(label * bins)``. ``validation`` None cuts one from train
+    by ``cut``. The caps keep a fixed random part of a split. ``test_size``: what the published test set has.
+    ``noisy``: small or at chance level, so its score moves by points between seeds. ``note``: why this source.
+    """
+
+    name: str
+    repo: str
+    text: tuple[str, ...] = ("text",)
+    label: str = "label"
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str = "test"
+    cut: Cut = Cut.TENTH
+    metric: Metric = Metric.ACCURACY
+    family: Family = Family.OTHER
+    bins: int | None = None
+    drop_label: str | None = None
+    train_cap: int | None = None
+    validation_cap: int | None = None
+    test_cap: int | None = None
+    test_size: int | None = None
+    noisy: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a task without text columns or with empty caps."""
+        if not self.text:
+            raise EvaluationError(f"dataset {self.name}: at least one text column is needed, got none")
+        for key in ("train_cap", "validation_cap", "test_cap"):
+            if (cap := getattr(self, key)) is not None and cap < 1:
+                raise EvaluationError(f"dataset {self.name}: {key} must be at least 1, got {cap}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits to read, each once."""
+        return tuple(sorted({s for s in (self.train, self.validation, self.test) if s is not None}))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``repo`` is a folder on this machine."""
+        return self.repo.startswith(("/", "./", "../"))
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the label is a number to be predicted rather than a class."""
+        return self.metric is Metric.SPEARMAN
+
+    def key(self, sha: str) -> str:
+        """What was read: the commit and 16 digits for how; notes, names and families do not change it."""
+        spec = to_json(self)
+        for name in ("name", "repo", "family", "note", "noisy", "test_size", "revision"):
+            del spec[name]
+        return f"{sha}+{digest(spec)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A named list of datasets; names are unique."""
+
+    name: str
+    datasets: tuple[Dataset, ...]
+    description: str = ""
+    representative: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a name that comes twice, an empty suite, and an unknown representative."""
+        names = [d.name for d in self.datasets]
+        if not names:
+            raise EvaluationError(f"suite {self.name}: at least one dataset is needed")
+        if len(set(names)) < len(names):
+            raise EvaluationError(f"suite {self.name}: {next(n for n in names if names.count(n) > 1)} comes twice")
+        if self.representative is not None and self.representative not in names:
+            raise EvaluationError(f"suite {self.name}: representative {self.representative} is not one of its datasets")
+
+    def get(self, name: str) -> Dataset:
+        """The dataset of this name; `EvaluationError` lists the known ones."""
+        for dataset in self.datasets:
+            if dataset.name == name:
+                return dataset
+        raise EvaluationError(f"suite {self.name}: no {name}, there is {', '.join(d.name for d in self.datasets)}")
+
+    def only(self, names: Sequence[str]) -> Suite:
+        """The suite cut down to these datasets, in this order."""
+        return replace(self, datasets=tuple(self.get(n) for n in names), representative=None)
+
+
+def shipped_suites() -> tuple[str, ...]:
+    """Names of the suites in the package."""
+    folder = resources.files("hubfusion") / "suites"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_suite(name: str | Path) -> Suite:
+    """A shipped suite by name, or one from a TOML file by path; `EvaluationError` says what is wrong in it."""
+    if str(name) in shipped_suites():
+        text = (resources.files("hubfusion") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
+        folder = Path.cwd()
+    else:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError:
+            known = ", ".join(shipped_suites())
+            raise EvaluationError(f"suite {str(name)!r}: not a file, and not one of {known}") from None
+        folder = Path(name).parent
+    try:
+        data = tomllib.loads(text)
+        data["datasets"] = [data.get("defaults", {}) | d for d in data.get("datasets", [])]
+        data.pop("defaults", None)
+        suite = from_json(Suite, data, str(name))
+        return replace(suite, datasets=tuple(_anchor(d, folder) for d in suite.datasets))
+    except FusionError as error:
+        raise EvaluationError(str(error)) from None
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"{name}: not a suite: {error}") from None
+
+
+def _anchor(dataset: Dataset, folder: Path) -> Dataset:
+    """A local folder is meant relative to the suite's file."""
+    return replace(dataset, repo=str((folder / dataset.repo).resolve())) if dataset.is_local else dataset
