@@ -13,7 +13,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -50,7 +50,6 @@ class Call:
     url: str
     stream: AsyncIterator[bytes]
     body: IO[bytes] | None = None
-    extra: dict[str, str] = field(default_factory=dict)
 
     def raw(self) -> bytes:
         """The whole body."""

@@ -231,3 +231,28 @@ def test_refs_cannot_be_moved_by_names_that_are_paths(world: World, repo: str) -
     for branch in ("..%2F..%2Fx", "refs%2Fheads%2Fmain", "a..b", "-x", "a.lock", "%00"):
         assert post(world, f"/api/models/{repo}/branch/{branch}", "{}").status_code == 400
     assert [b.name for b in world.ann.list_repo_refs(repo).branches] == ["main"]
+
+
+def test_pull_requests_opened_at_the_same_time_get_numbers_of_their_own(world: World, repo: str) -> None:
+    def propose(number: int) -> int:
+        operation = CommitOperationAdd(f"{number}.txt", b"1")
+        return int(world.bob.create_commit(repo, [operation], commit_message=f"{number}", create_pr=True).pr_num)
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(propose, range(8)))
+    assert sorted(numbers) == list(range(1, 9))
+    for wanted, num in enumerate(numbers):
+        assert f"{wanted}.txt" in world.ann.list_repo_files(repo, revision=f"refs/pr/{num}")
+
+
+def test_a_repository_made_by_many_at_once_is_made_once(world: World) -> None:
+    def make(_: int) -> int:
+        try:
+            world.ann.create_repo("ann/raced")
+        except HfHubHTTPError as error:
+            return int(error.response.status_code)
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(make, range(8)))
+    assert sorted(codes) == [200, *[409] * 7]
