@@ -89,6 +89,7 @@ class LocalHub:
             http="h11",
             ws="none",
             server_header=False,
+            date_header=False,
         )
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None

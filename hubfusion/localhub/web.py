@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -162,7 +163,8 @@ class Router:
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
-        limits = {"X-Request-Id": uuid.uuid4().hex}
+        # uvicorn's own Date may be seconds old; clients drop log lines that are younger than it.
+        limits = {"X-Request-Id": uuid.uuid4().hex, "Date": formatdate(usegmt=True)}
         try:
             response = await self._answer(request, limits)
         except Refusal as refusal:

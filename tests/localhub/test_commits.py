@@ -140,6 +140,13 @@ def test_an_object_that_was_not_uploaded_here_cannot_be_committed(world: World, 
     line = '{"key":"header","value":{"summary":"steal"}}\n{"key":"lfsFile","value":{"path":"w.bin","oid":"%s"}}'
     answer = post(world, f"/api/models/{repo}/commit/main", line % digest)
     assert answer.status_code == 400 and "was not uploaded to this repo" in answer.text
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 1000\n"
+    lines = [
+        {"key": "header", "value": {"summary": "steal"}},
+        {"key": "file", "value": {"path": "w.txt", "content": pointer}},
+    ]
+    answer = post(world, f"/api/models/{repo}/commit/main", "\n".join(map(json.dumps, lines)))
+    assert answer.status_code == 400 and "was not uploaded to this repo" in answer.text
     batch = json.dumps({"operation": "upload", "objects": [{"oid": digest, "size": 1000}]})
     offered = post(world, f"/{repo}.git/info/lfs/objects/batch", batch).json()["objects"][0]
     assert "upload" in offered["actions"]
