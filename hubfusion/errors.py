@@ -25,8 +25,16 @@ class NotFound(HubError):
     """The repository, revision or file does not exist, or is hidden from this token."""
 
 
+class Forbidden(HubError):
+    """The token may not do this, or there is none (HTTP 401, 403); asking again will not help."""
+
+
 class Conflict(HubError):
     """Somebody else moved the branch first (HTTP 412, or 409 with the head moved): nothing was written."""
+
+
+class Corrupt(HubError):
+    """A download does not have the size or the hash that the Hub lists."""
 
 
 class EvaluationError(FusionError):

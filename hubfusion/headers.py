@@ -80,7 +80,7 @@ def parse_header(prefix: bytes, file_size: int, where: str) -> Header:
         raise CheckpointError(f"{where}: header of {size} bytes is cut off after {len(prefix)}")
     if prefix[8:9] != b"{":
         raise CheckpointError(f"{where}: header must begin with '{{', got {prefix[8:9]!r}")
-    table = _parse_table(prefix[8:size], where)
+    table = _parse_table(prefix[8:size], where, "header")
     metadata = _parse_metadata(table.pop("__metadata__", {}), where)
     if len(table) > MAX_TENSORS:
         raise CheckpointError(f"{where}: {len(table)} tensors, at most {MAX_TENSORS} are allowed")
@@ -97,13 +97,13 @@ def parse_header(prefix: bytes, file_size: int, where: str) -> Header:
     return Header({s.name: s for s in specs}, metadata, size)
 
 
-def _parse_table(text: bytes, where: str) -> dict[str, Any]:
+def _parse_table(text: bytes, where: str, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [k for k, _ in pairs]
-            twice = next(k for k in names if names.count(k) > 1)
-            raise CheckpointError(f"{where}: key {twice[:80]!r} appears twice in the header")
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{where}: key {twice[:80]!a} appears twice in the {what}")
         return table
 
     try:
@@ -111,9 +111,9 @@ def _parse_table(text: bytes, where: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: header is not JSON: {str(error)[:120]}") from None
+        raise CheckpointError(f"{where}: {what} is not JSON: {str(error)[:120]}") from None
     if not isinstance(table, dict):
-        raise CheckpointError(f"{where}: header must be a JSON object, got {type(table).__name__}")
+        raise CheckpointError(f"{where}: {what} must be a JSON object, got {type(table).__name__}")
     return table
 
 
@@ -129,16 +129,16 @@ def _parse_metadata(data: Any, where: str) -> dict[str, str]:
 
 def _parse_spec(name: str, entry: Any, data_start: int, where: str) -> TensorSpec:
     if not TENSOR_NAME.fullmatch(name) or len(name) > MAX_NAME:
-        raise CheckpointError(f"{where}: tensor name {name[:80]!r} is not allowed (letters, digits, '_', '-' and '.')")
+        raise CheckpointError(f"{where}: tensor name {name[:80]!a} is not allowed (letters, digits, '_', '-' and '.')")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: {name}: fields must be exactly dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{where}: {name}: dtype {dtype!r:.40} is not one of {', '.join(ITEM_BYTES)}")
+        raise CheckpointError(f"{where}: {name}: dtype {dtype!a:.40} is not one of {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(s) for s in shape):
-        raise CheckpointError(f"{where}: {name}: shape must be up to {MAX_RANK} sizes in 0..2^48, got {shape!r:.80}")
+        raise CheckpointError(f"{where}: {name}: shape must be up to {MAX_RANK} sizes in 0..2^48, got {shape!a:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
-        raise CheckpointError(f"{where}: {name}: data_offsets must be two byte offsets, got {offsets!r:.80}")
+        raise CheckpointError(f"{where}: {name}: data_offsets must be two byte offsets, got {offsets!a:.80}")
     start, stop = offsets
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if stop - start != expected:
@@ -157,15 +157,17 @@ def parse_index(text: bytes, files: Mapping[str, int], where: str) -> dict[str, 
 
     Raises `CheckpointError` for paths, missing shards, duplicate keys and anything that is not the index format.
     """
-    table = _parse_table(text, where)
+    table = _parse_table(text, where, "index")
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: weight_map must map tensor names to shard files")
     if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(f"{where}: {len(weight_map)} tensors, at most {MAX_TENSORS} are allowed")
     for name, shard in weight_map.items():
+        if not TENSOR_NAME.fullmatch(name) or len(name) > MAX_NAME:
+            raise CheckpointError(f"{where}: tensor name {name[:80]!a} is not allowed")
         if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
-            raise CheckpointError(f"{where}: {name[:80]}: shard {shard!r:.80} must be a plain .safetensors file name")
+            raise CheckpointError(f"{where}: {name[:80]}: shard {shard!a:.80} must be a plain .safetensors file name")
         if shard not in files:
             raise CheckpointError(f"{where}: {name[:80]}: shard {shard} is not in the repository")
     return weight_map

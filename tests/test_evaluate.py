@@ -15,7 +15,7 @@ from hubfusion.evaluate import Evaluated, evaluate
 from hubfusion.protocols import Mode, Protocol, Training
 from hubfusion.scores import compare
 from hubfusion.suite import Suite
-from tests.tiny import make_base, make_data, write_task
+from tests.small import make_base, make_data, write_task
 
 QUICK = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16)
 FINETUNE = Protocol("finetune", QUICK)

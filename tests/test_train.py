@@ -18,7 +18,7 @@ from hubfusion.corpora import Split
 from hubfusion.errors import EvaluationError
 from hubfusion.protocols import Encoding, Mode, Training
 from hubfusion.tokens import by_length, load_tokenizer, tokenize
-from tests.tiny import make_base, make_data, make_split
+from tests.small import make_base, make_data, make_split
 
 QUICK = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16)
 

@@ -1,80 +1,123 @@
-"""Two-layer models and small datasets made on the spot, for the tests of training and evaluation."""
+"""Two-layer BERT checkpoints as bytes, without torch: the names, shapes and dtypes that transformers writes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
-from hubfusion.corpora import Data, Split
-from hubfusion.suite import Dataset
+from hubfusion.hub import Hub
+from hubfusion.lineage import Revision
+from hubfusion.screen import Base, read_base
+from tests.fake_hub import FakeHub
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"good bad fine poor happy sad cat dog tree house the a is was".split()]
-
-
-def make_base(folder: Path, seed: int = 0) -> Path:
-    """A BERT of 2 layers, width 16, with a word-level tokenizer of 18 words."""
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        hidden_dropout_prob=0.0,
-    )
-    torch.set_num_threads(1)  # such small products only wait for each other on more
-    torch.manual_seed(seed)
-    BertModel(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        model_max_length=32,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    ).save_pretrained(folder)
-    return folder
+HIDDEN, INNER, VOCABULARY, POSITIONS, LAYERS = 16, 32, 50, 20, 2
+BASE = "ibm/ColD-Fusion"
+CONFIG: dict[str, Any] = {
+    "architectures": ["BertModel"], "model_type": "bert", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2, "intermediate_size": INNER, "vocab_size": VOCABULARY, "type_vocab_size": 2,
+    "max_position_embeddings": POSITIONS, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+Tensors = dict[str, NDArray[Any]]
 
 
-def make_split(n: int, seed: int) -> Split:
-    """Texts of 2 to 9 words with one word that decides the label: good, fine, happy are 1; bad, poor, sad are 0."""
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Parameters of a bare BertModel."""
+    table: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (VOCABULARY, HIDDEN),
+        "embeddings.position_embeddings.weight": (POSITIONS, HIDDEN),
+        "embeddings.token_type_embeddings.weight": (2, HIDDEN),
+        "embeddings.LayerNorm.weight": (HIDDEN,),
+        "embeddings.LayerNorm.bias": (HIDDEN,),
+        "pooler.dense.weight": (HIDDEN, HIDDEN),
+        "pooler.dense.bias": (HIDDEN,),
+    }
+    for layer in range(LAYERS):
+        at = f"encoder.layer.{layer}."
+        for part in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+            table |= {f"{at}{part}.weight": (HIDDEN, HIDDEN), f"{at}{part}.bias": (HIDDEN,)}
+        for part in ("attention.output.LayerNorm", "output.LayerNorm"):
+            table |= {f"{at}{part}.weight": (HIDDEN,), f"{at}{part}.bias": (HIDDEN,)}
+        table |= {f"{at}intermediate.dense.weight": (INNER, HIDDEN), f"{at}intermediate.dense.bias": (INNER,)}
+        table |= {f"{at}output.dense.weight": (HIDDEN, INNER), f"{at}output.dense.bias": (HIDDEN,)}
+    return table
+
+
+def base_tensors(seed: int = 0) -> Tensors:
+    """Random parameters of norm about 8, and the integer buffer that old checkpoints carry."""
     rng = np.random.default_rng(seed)
-    texts, labels = [], []
-    for _ in range(n):
-        label = int(rng.integers(2))
-        word = rng.choice(["bad", "poor", "sad"] if label == 0 else ["good", "fine", "happy"])
-        rest = rng.choice(WORDS[10:], size=rng.integers(1, 9)).tolist()
-        rest.insert(int(rng.integers(len(rest) + 1)), str(word))
-        texts.append(" ".join(rest))
-        labels.append(label)
-    return Split(tuple(texts), None, tuple(labels))
+    table: Tensors = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes().items()}
+    table["embeddings.position_ids"] = np.arange(POSITIONS, dtype=np.int64)[None]
+    return table
 
 
-def make_data(train: int = 96, test: int = 40, name: str = "mood") -> Data:
-    """A two-class dataset whose label one word decides."""
-    dataset = Dataset(name, f"org/{name}", validation="validation")
-    return Data(
-        dataset, "0" * 40, ("negative", "positive"), make_split(train, 1), make_split(20, 2), make_split(test, 3)
-    )
+def finetuned(base: Tensors, seed: int, step: float = 0.002, labels: int = 3) -> Tensors:
+    """As AutoModelForSequenceClassification saves it: prefix, head, no buffer; every parameter moved at random."""
+    rng = np.random.default_rng(1000 + seed)
+    table: Tensors = {
+        f"bert.{name}": (value + rng.normal(0, step, value.shape)).astype(np.float32)
+        for name, value in base.items()
+        if value.dtype == np.float32
+    }
+    table["classifier.weight"] = rng.normal(0, 0.1, (labels, HIDDEN)).astype(np.float32)
+    table["classifier.bias"] = np.zeros(labels, np.float32)
+    return table
 
 
-def write_task(folder: Path, data: Data) -> Dataset:
-    """The dataset as JSON lines files in a folder, and the `Dataset` that reads them."""
+def weights(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """One safetensors file."""
+    return save(dict(tensors), metadata={"format": "pt"})
+
+
+def sharded(tensors: Mapping[str, NDArray[Any]], count: int = 2) -> dict[str, bytes]:
+    """The same as ``count`` shards and their index."""
+    names = sorted(tensors)
+    parts = [names[i::count] for i in range(count)]
+    files = {f"model-{i + 1:05}-of-{count:05}.safetensors": {n: tensors[n] for n in p} for i, p in enumerate(parts)}
+    index = {"metadata": {}, "weight_map": {name: file for file, table in files.items() for name in table}}
+    return {file: weights(table) for file, table in files.items()} | {
+        "model.safetensors.index.json": json.dumps(index).encode()
+    }
+
+
+def config(**changes: Any) -> bytes:
+    """``config.json`` with fields changed or, when None, left out."""
+    return json.dumps({k: v for k, v in (CONFIG | changes).items() if v is not None}).encode()
+
+
+def card(base_sha: str, **changes: Any) -> dict[str, Any]:
+    """The metadata that `hubfusion contribute` writes, with fields changed or, when None, left out."""
+    fields: dict[str, Any] = {
+        "base_model": BASE, "base_model_relation": "finetune", "license": "apache-2.0", "tags": ["cold-fusion"],
+        "datasets": ["org/news"],
+        "cold_fusion": {"base_revision": base_sha, "examples": 600, "dataset_revisions": {"org/news": "1" * 40}},
+    }  # fmt: skip
+    return {k: v for k, v in (fields | changes).items() if v is not None}
+
+
+def publish_base(hub: FakeHub, versions: int = 2, repo: str = BASE) -> Base:
+    """``versions`` releases v0, v1, … of a base in ``hub``; the last one, as the screen sees it."""
+    for number in range(versions):
+        files = {"config.json": config(), "README.md": b"---\nlicense: apache-2.0\n---\n# base\n"}
+        revision = hub.add(repo, files | {"model.safetensors": weights(base_tensors(0))}, f"v{number}")
+        hub.tag(repo, f"v{number}", revision.sha)
+    return current_base(hub, revision)
+
+
+def current_base(hub: Hub, revision: Revision) -> Base:
+    """`read_base` with all the tags there are."""
+    versions = {sha: tag for tag, sha in hub.tags(revision.repo).items()}
+    return read_base(hub, revision, versions[revision.sha], versions)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """The files in a fresh folder."""
     folder.mkdir(parents=True)
-    for role in ("train", "validation", "test"):
-        split: Split = getattr(data, role)
-        rows = [{"text": t, "label": y} for t, y in zip(split.first, split.labels, strict=True)]
-        (folder / f"{role}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return Dataset(data.dataset.name, str(folder), validation="validation")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder

@@ -11,6 +11,7 @@ from hubfusion.errors import FusionError
 
 app = typer.Typer(
     name="hubfusion",
+    add_completion=False,
     help="Recycle finetuned models into a better base (ColD Fusion, arXiv 2212.01378).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -36,4 +37,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     run(app, argv)
 
 
+from hubfusion.cli import contribute as _contribute  # noqa: E402,F401
 from hubfusion.cli import hub as _hub  # noqa: E402,F401
+from hubfusion.cli import trust as _trust  # noqa: E402,F401

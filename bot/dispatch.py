@@ -1,0 +1,86 @@
+"""Hand a job to a worker process and wait for it: with a deadline, without our token, and never twice.
+
+The worker reads strangers' weights, so it gets an environment without the Hub token. A job is known by the hash of its
+JSON; its folder holds ``outcome.json`` once it is done, so a run that comes later finds the result instead of the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bot.worker import OUTCOME, Job, Outcome
+from hubfusion.errors import FusionError
+from hubfusion.lineage import dumps, loads
+
+log = logging.getLogger(__name__)
+
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH", "GITHUB_TOKEN")
+GRACE_SECONDS = 10.0
+WORKER = (sys.executable, "-m", "bot.worker")
+
+
+def dispatch(job: Job, work: Path, deadline_minutes: float, poll: Callable[[], None] = lambda: None) -> Outcome:
+    """Run ``job`` in a child process and return what it found.
+
+    ``poll`` is called twice a second and may raise to stop: the worker is then ended, and what it had finished is
+    found again by the next run. Raises `FusionError` when the worker fails or the deadline passes.
+    """
+    text = dumps(job)
+    folder = work / "jobs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    done = folder / OUTCOME
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "job.json").write_text(text)
+        _run(folder, deadline_minutes, poll)
+    if not done.exists():
+        raise FusionError(f"worker: ended without {done}")
+    return loads(Outcome, done.read_bytes(), str(done))
+
+
+def _run(folder: Path, deadline_minutes: float, poll: Callable[[], None]) -> None:
+    command = [*WORKER, str(folder / "job.json"), str(folder)]
+    worker = subprocess.Popen(command, env=worker_environment(), stdin=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60 * deadline_minutes
+    try:
+        while worker.poll() is None:
+            poll()
+            if time.monotonic() > deadline:
+                raise FusionError(f"worker: not done after {deadline_minutes:g} minutes (deadline_minutes), stopped")
+            try:
+                worker.wait(0.5)
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        _end(worker)
+    if worker.returncode != 0:
+        raise FusionError(f"worker: exit code {worker.returncode}; its messages are above, its job in {folder}")
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    if worker.poll() is None:
+        worker.terminate()
+        try:
+            worker.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def worker_environment() -> dict[str, str]:
+    """Our environment without tokens, and with every way closed in which a client would find or send one."""
+    kept = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return kept | {
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

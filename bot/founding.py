@@ -1,0 +1,60 @@
+"""How a base begins: a pretrained model becomes ``v0`` of a repository, beside an empty ledger and a ranking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from markupsafe import Markup
+
+from bot.iteration import Run
+from bot.ledger import FILE as LEDGER_FILE
+from hubfusion.card import render
+from hubfusion.crawl import TAG
+from hubfusion.errors import FusionError, NotFound
+from hubfusion.hub import Change, Hub, Kind
+from hubfusion.lineage import Revision
+
+ALLOWED = (".json", ".safetensors", ".txt", ".model")
+
+
+def found_base(run: Run, model: Path, license: str, language: str) -> Revision:
+    """Push the folder ``model`` as ``v0`` and make ledger and ranking; what is there already is left as it is."""
+    hub, config = run.hub, run.config
+    if not any(path.suffix == ".safetensors" for path in model.glob("*")):
+        raise FusionError(f"{model}: no .safetensors file here; save the pretrained model with save_pretrained first")
+    matter = {
+        "pretty_name": f"Ledger of {config.base}",
+        "configs": [{"config_name": "default", "data_files": LEDGER_FILE}],
+    }
+    page = render("ledger.md.j2", matter, base=config.base, endpoint=hub.endpoint)
+    _begin(run, config.ledger, Kind.DATASET, {"README.md": page.encode(), LEDGER_FILE: b""}, "begin the ledger")
+    begun = f"---\npretty_name: Ranking of {config.base}\n---\n# Ranking of {config.base}\n"
+    _begin(run, config.ranking, Kind.DATASET, {"README.md": begun.encode()}, "begin the ranking")
+    hub.create(config.base)
+    tags = hub.tags(config.base)
+    if "v0" in tags:
+        return Revision(config.base, tags["v0"])
+    metadata = {"license": license, "language": language, "library_name": "transformers", "tags": [TAG]}
+    card = render("v0.md.j2", metadata, repo=config.base, code_repo=Markup(config.base))
+    files: dict[str, bytes | Path] = {p.name: p for p in sorted(model.iterdir()) if p.suffix in ALLOWED}
+    sha = hub.resolve(config.base).sha
+    if not _has(hub, Revision(config.base, sha), "config.json"):
+        change = Change("v0: the pretrained model", sha, run.nonce, {**files, "README.md": card.encode()})
+        sha = hub.commit(config.base, change)
+    hub.tag(config.base, "v0", sha)
+    return Revision(config.base, sha)
+
+
+def _begin(run: Run, repo: str, kind: Kind, files: dict[str, bytes | Path], title: str) -> None:
+    run.hub.create(repo, kind)
+    head = run.hub.resolve(repo, kind=kind)
+    if not _has(run.hub, head, "README.md", kind):
+        run.hub.commit(repo, Change(title, head.sha, f"{run.nonce}-{repo}", files), kind)
+
+
+def _has(hub: Hub, revision: Revision, path: str, kind: Kind = Kind.MODEL) -> bool:
+    try:
+        hub.read(revision, path, stop=1, kind=kind)
+    except NotFound:
+        return False
+    return True

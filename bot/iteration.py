@@ -1,0 +1,244 @@
+"""One iteration, in one sentence: read `run_iteration` first.
+
+Every run begins by finishing what an earlier one left half done (`settle`), and derives all that it needs from the
+Hub: the base and its tags, the ledger, the finetunes. It may be killed anywhere: before the release commit nothing has
+happened; after it the next run finds the commit by its nonce, tags it, notes it in the ledger, ranks it and answers
+the owners. Two runs at once are settled by the Hub: only one commit can sit on the commit that both started from.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from bot.config import Config, read_plan
+from bot.dispatch import dispatch
+from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
+from bot.notify import deliver, pending_answers
+from bot.worker import Job, Outcome
+from hubfusion.card import base_card
+from hubfusion.crawl import crawl, read_card
+from hubfusion.errors import Conflict, Corrupt, NotFound
+from hubfusion.gate import Decision, decide
+from hubfusion.hub import Hub
+from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
+from hubfusion.manifest import Manifest, describe_environment
+from hubfusion.publish import Release, current_release, finish_release, manifest_at, plan_release, publish
+from hubfusion.ranking import rank
+from hubfusion.screen import apply_caps, read_base, screen
+
+log = logging.getLogger(__name__)
+
+
+class Verdict(StrEnum):
+    """How a run ended."""
+
+    NOTHING_NEW = "nothing new"
+    WAITING = "waiting for more contributions"
+    PLANNED = "would be promoted"
+    REFUSED = "refused by the gate"
+    PROMOTED = "promoted"
+    LOST_RACE = "lost the race: another run moved the base first, nothing was published"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's surroundings: ``hub`` is ours to write to, ``reader`` has no token and reads what strangers wrote.
+
+    ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there.
+    """
+
+    config: Config
+    hub: Hub
+    reader: Hub
+    nonce: str
+    poll: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What one run found and decided; ``version`` is the base's next version until it is promoted to that."""
+
+    number: int
+    verdict: Verdict
+    parent_version: str
+    version: str
+    contributions: tuple[Contribution, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    decision: Decision | None = None
+
+
+def run_iteration(run: Run, *, act: bool) -> Iteration:
+    """Crawl → screen → fuse → evaluate → gate → publish → rank → notify; without ``act`` the Hub is only read."""
+    config = run.config
+    if act:
+        settle(run)
+    release = current_release(run.hub, config.base)
+    ledger = read_ledger(run.hub, config.ledger)
+    seen = Iteration(ledger.next_iteration, Verdict.NOTHING_NEW, release.version, release.next_version)
+    run.poll()
+    finetunes = crawl(run.reader, config.base, ledger.judged)
+    contributions, rejected = judge(run, release, finetunes)
+    if not contributions and not rejected:
+        return seen
+    outcome, unsound = fuse_and_evaluate(run, release, contributions)
+    seen = replace(seen, contributions=outcome.contributions, rejected=rejected + unsound)
+    if act:
+        remember(run, (Judged(r.revision, r.author, r.reason, r.detail, seen.number) for r in seen.rejected))
+    if outcome.candidate is None:
+        seen = replace(seen, verdict=Verdict.WAITING if outcome.contributions else Verdict.NOTHING_NEW)
+    else:
+        decision = decide(outcome.candidate.candidate_scores, outcome.candidate.base_scores, config.gate)
+        seen = replace(seen, decision=decision, verdict=Verdict.PLANNED if decision.promote else Verdict.REFUSED)
+    if act:
+        seen = promote_or_refuse(run, release, seen, outcome)
+        if seen.verdict is not Verdict.LOST_RACE:  # the winner settles its own release; both at once would answer twice
+            settle(run)
+    return seen
+
+
+def judge(
+    run: Run, release: Release, finetunes: tuple[Finetune, ...]
+) -> tuple[tuple[Contribution, ...], tuple[Rejected, ...]]:
+    """Screen every finetune from its metadata and headers; those beyond the caps of one iteration wait or are told."""
+    if not finetunes:
+        return (), ()
+    base = read_base(run.reader, release.revision, release.version, release.versions)
+    contributions: list[Contribution] = []
+    rejected: list[Rejected] = []
+    for finetune in finetunes:
+        run.poll()
+        try:
+            verdict = screen(run.reader, finetune, base, run.config.screen)
+        except NotFound as error:
+            log.warning("screen: %s vanished: %s", finetune.revision, error)
+            continue
+        if isinstance(verdict, Rejected):
+            rejected.append(verdict)
+        else:
+            contributions.append(verdict)
+    accepted, capped = apply_caps(contributions, run.config.screen)
+    log.info("screen: %d contributions, %d rejected", len(accepted), len(rejected) + len(capped))
+    return tuple(accepted), (*rejected, *capped)
+
+
+def fuse_and_evaluate(
+    run: Run, release: Release, contributions: tuple[Contribution, ...]
+) -> tuple[Outcome, tuple[Rejected, ...]]:
+    """Download what was screened, by its pinned commit and listed hash, and let the worker do the rest."""
+    if not contributions:
+        return Outcome((), (), None), ()
+    work = Path(run.config.work).absolute()
+    base = work / "base" / release.revision.sha
+    for file in run.reader.files(release.revision):
+        run.reader.download(release.revision, file, base / file.path)
+    fetched, corrupt = [], []
+    for contribution in contributions:
+        run.poll()
+        try:
+            for file in contribution.files:
+                run.reader.download(contribution.revision, file, _folder(work, contribution.revision) / file.path)
+        except Corrupt as error:
+            corrupt.append(Rejected(contribution.revision, contribution.author, Reason.CORRUPT, str(error)))
+        except NotFound as error:
+            log.warning("download: %s vanished: %s", contribution.revision, error)
+        else:
+            fetched.append(contribution)
+    if len(fetched) < run.config.fuse.at_least:
+        return Outcome(tuple(fetched), (), None), tuple(corrupt)
+    suite, protocols = read_plan(run.config.evaluate)
+    job = Job(
+        base=release.revision,
+        base_tag=release.version,
+        base_folder=str(base),
+        contributions=tuple(fetched),
+        folders=tuple(str(_folder(work, c.revision)) for c in fetched),
+        fuse=run.config.fuse,
+        suite=suite,
+        protocols=protocols,
+        seeds=run.config.evaluate.seeds,
+        store=str(work / "scores"),
+    )
+    outcome = dispatch(job, work, run.config.deadline_minutes, run.poll)
+    return outcome, (*corrupt, *outcome.rejected)
+
+
+def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outcome) -> Iteration:
+    """Act on the gate's decision: publish the candidate, or note the refusal and leave ``main`` as it is."""
+    if outcome.candidate is None or seen.decision is None:
+        return seen
+    revisions = tuple(c.revision for c in seen.contributions)
+    if not seen.decision.promote:
+        remember(
+            run, [Refused(seen.number, release.revision, revisions, seen.decision.objections, seen.decision.summary)]
+        )
+        return seen
+    run.poll()
+    manifest = Manifest(
+        iteration=seen.number,
+        version=seen.version,
+        parent_version=seen.parent_version,
+        nonce=run.nonce,
+        recipe=outcome.candidate.recipe,
+        contributions=seen.contributions,
+        weights=outcome.candidate.weights,
+        seen=seen_datasets(run, release, seen.contributions),
+        base_scores=outcome.candidate.base_scores,
+        candidate_scores=outcome.candidate.candidate_scores,
+        decision=seen.decision,
+        environment=describe_environment(),
+    )
+    card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
+    change = plan_release(run.hub, release, manifest, Path(outcome.candidate.folder), card)
+    try:
+        publish(run.hub, run.config.base, change, seen.version)
+    except Conflict as error:
+        log.warning("publish: %s", error)
+        return replace(seen, verdict=Verdict.LOST_RACE)
+    return replace(seen, verdict=Verdict.PROMOTED)
+
+
+def seen_datasets(run: Run, release: Release, contributions: tuple[Contribution, ...]) -> tuple[str, ...]:
+    """Names of the suite's datasets that these contributions, or those of an earlier version, were trained on."""
+    before = manifest_at(run.hub, release.revision)
+    trained_on = {dataset.lower() for c in contributions for dataset in c.datasets}
+    suite, _ = read_plan(run.config.evaluate)
+    now = {d.name for d in suite.datasets if d.repo.lower() in trained_on}
+    return tuple(sorted(now | set(before.seen if before else ())))
+
+
+def settle(run: Run) -> None:
+    """Bring ledger, ranking and answers in line with what the base repository says; a settled Hub is left untouched."""
+    config = run.config
+    finish_release(run.hub, config.base)
+    run.poll()
+    release = current_release(run.hub, config.base)
+    manifest = manifest_at(run.hub, release.revision)
+    if manifest is not None:
+        inputs = tuple(c.revision for c in manifest.contributions)
+        remember(run, [Promoted(manifest.iteration, manifest.version, release.revision.sha, inputs)])
+        rank(run.hub, config.ranking, release.revision, manifest, run.nonce)
+        for contribution in inputs:
+            shutil.rmtree(_folder(Path(config.work), contribution), ignore_errors=True)
+    run.poll()
+    answers = list(pending_answers(read_ledger(run.hub, config.ledger), config.base, run.hub.endpoint))
+    if answers:
+        remember(run, deliver(run.hub, answers))
+        log.info("notify: %d contributors answered", len(answers))
+
+
+def remember(run: Run, events: Iterable[Event]) -> None:
+    """Append events to the ledger; the commit's title counts them by kind."""
+    events = list(events)
+    if events:
+        kinds = sorted({e.event for e in events})
+        title = f"{', '.join(f'{sum(e.event == k for e in events)} {k}' for k in kinds)}"
+        append(run.hub, run.config.ledger, events, nonce=f"{run.nonce}-{'-'.join(kinds)}", title=title)
+
+
+def _folder(work: Path, revision: Revision) -> Path:
+    return work / "models" / revision.repo.replace("/", "--") / revision.sha

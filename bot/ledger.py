@@ -1,0 +1,143 @@
+"""The bot's memory: what was judged, promoted, refused and said, one JSON object a line in a dataset repository.
+
+Runs are stateless; whatever one of them must remember is an event in ``ledger.jsonl``, appended by a commit on top of
+the one that was read. Two bots that append at once cannot lose each other's events: the slower commit is a conflict,
+and is read again, merged and repeated. Events are facts, never changed; an event that is there already is not added.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hubfusion.errors import Conflict, FusionError, NotFound
+from hubfusion.hub import Change, Hub, Kind
+from hubfusion.lineage import Reason, Revision, from_json, to_json
+
+FILE = "ledger.jsonl"
+MAX_BYTES = 256 << 20
+TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A finetune that will not be fused, and why."""
+
+    event: ClassVar[str] = "judged"
+    finetune: Revision
+    author: str
+    reason: Reason
+    detail: str
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """An iteration whose candidate became version ``version`` of the base, at commit ``sha``."""
+
+    event: ClassVar[str] = "promoted"
+    iteration: int
+    version: str
+    sha: str
+    contributions: tuple[Revision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An iteration whose candidate the gate refused, with the gate's sentences and the scores it judged by."""
+
+    event: ClassVar[str] = "refused"
+    iteration: int
+    base: Revision
+    contributions: tuple[Revision, ...]
+    objections: tuple[str, ...]
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One answer to one finetune; ``discussion`` is its number, or None where the owner allows no discussions."""
+
+    event: ClassVar[str] = "said"
+    finetune: Revision
+    discussion: int | None
+
+
+Event = Judged | Promoted | Refused | Said
+KINDS: dict[str, type[Event]] = {kind.event: kind for kind in (Judged, Promoted, Refused, Said)}
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """All events, oldest first, and the commit that they were read at."""
+
+    events: tuple[Event, ...]
+    head: str
+
+    @property
+    def judged(self) -> frozenset[Revision]:
+        """Every finetune commit that an iteration has dealt with: not to be looked at again."""
+        done = {e.finetune for e in self.events if isinstance(e, Judged)}
+        for event in self.events:
+            if isinstance(event, Promoted | Refused):
+                done.update(event.contributions)
+        return frozenset(done)
+
+    @property
+    def next_iteration(self) -> int:
+        """One more than the newest iteration that came to a decision; the first is 1."""
+        return 1 + max((e.iteration for e in self.events if isinstance(e, Promoted | Refused)), default=0)
+
+    @property
+    def promotions(self) -> tuple[Promoted, ...]:
+        """Promoted iterations, oldest first."""
+        return tuple(e for e in self.events if isinstance(e, Promoted))
+
+    @property
+    def said(self) -> frozenset[Revision]:
+        """Finetunes whose owners have their answer."""
+        return frozenset(e.finetune for e in self.events if isinstance(e, Said))
+
+
+def read_ledger(hub: Hub, repo: str) -> Ledger:
+    """Read the ledger at its newest commit; a repository without the file is an empty ledger."""
+    head = hub.resolve(repo, kind=Kind.DATASET)
+    try:
+        text = hub.read(head, FILE, stop=MAX_BYTES, kind=Kind.DATASET).decode()
+    except NotFound:
+        text = ""
+    where = f"{head} {FILE}"
+    return Ledger(tuple(_parse(line, f"{where}:{i}") for i, line in enumerate(text.splitlines(), 1)), head.sha)
+
+
+def append(hub: Hub, repo: str, events: Iterable[Event], *, nonce: str, title: str) -> Ledger:
+    """Add the events that are not there yet, in one commit; nothing new, no commit. Returns the ledger as it is now."""
+    wanted = tuple(events)
+    for attempt in range(TRIES):
+        ledger = read_ledger(hub, repo)
+        new = tuple(e for e in dict.fromkeys(wanted) if e not in ledger.events)
+        if not new:
+            return ledger
+        everything = ledger.events + new
+        text = "".join(_line(e) for e in everything)
+        change = Change(title, ledger.head, f"{nonce}-{attempt}", {FILE: text.encode()})
+        try:
+            return Ledger(everything, hub.commit(repo, change, Kind.DATASET))
+        except Conflict:
+            continue
+    raise Conflict(f"{repo}: other writers were faster {TRIES} times in a row; the next run goes on from here")
+
+
+def _line(event: Event) -> str:
+    return json.dumps({"event": event.event, **to_json(event)}, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _parse(line: str, where: str) -> Event:
+    try:
+        data = json.loads(line)
+        kind = KINDS[data.pop("event")]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise FusionError(f"{where}: not an event of this version of the bot: {line[:60]!r}") from None
+    return from_json(kind, data, where)

@@ -1,0 +1,97 @@
+"""One answer to each contributor, exactly once: accepted into vN, or the reason and what to do.
+
+An answer is a discussion whose title names the finetune's commit. It is looked up before it is opened, and noted in
+the ledger after, so a crash in between repeats nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from bot.ledger import Judged, Ledger, Promoted, Refused, Said
+from hubfusion.card import render
+from hubfusion.errors import Forbidden, HubError, NotFound
+from hubfusion.hub import Hub
+from hubfusion.lineage import Reason, Revision
+
+log = logging.getLogger(__name__)
+
+FIX: Mapping[Reason, str] = {
+    Reason.NOT_A_FINETUNE: "declare the base as base_model with base_model_relation: finetune (hubfusion tag does it).",
+    Reason.STALE_BASE: "finetune the current version of the base (hubfusion contribute takes it by itself).",
+    Reason.UNKNOWN_BASE: "run hubfusion tag with the exact base revision that you started from.",
+    Reason.LICENSE: "choose a license that is compatible with the base's, for the model and its data.",
+    Reason.GATED: "make the repository public and ungated, so that everybody can check what went in.",
+    Reason.CUSTOM_CODE: "upload a model that needs no code of its own (no auto_map, no .py files).",
+    Reason.NO_SAFETENSORS: "save the weights with save_pretrained, which writes model.safetensors.",
+    Reason.BAD_FILES: "upload only what save_pretrained writes: one model.safetensors, or shards with their index.",
+    Reason.TOO_LARGE: "upload the weights alone, in the base's precision, without optimizer state.",
+    Reason.BAD_HEADER: "save the weights again with save_pretrained and upload the file unchanged.",
+    Reason.ARCHITECTURE: "finetune the base itself: every parameter keeps its name, shape and type, heads may differ.",
+    Reason.BLOCKED: "nothing: the maintainers of the base do not take contributions from this account.",
+    Reason.CAP: "wait: one iteration takes a limited number from each owner; offer it again for the next version.",
+    Reason.CORRUPT: "upload the weights again; the bytes on the Hub do not have the hash that it lists.",
+    Reason.NOT_FINITE: "train again with a lower learning rate or in float32; the weights hold NaN or infinity.",
+    Reason.UNCHANGED: "train before you upload; these are the base's own weights.",
+    Reason.DUPLICATE: "offer weights of your own; the same ones came from another repository first.",
+    Reason.WRONG_BASE: "finetune the current version of the base; these weights come from another model.",
+    Reason.OUTLIER: "train with a lower learning rate or for fewer steps; the change is far larger than others'.",
+    Reason.REFUSED: "finetune the base again, longer or on other data; your model itself may well be fine.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is to be said to one owner."""
+
+    finetune: Revision
+    title: str
+    body: str
+
+
+def pending_answers(ledger: Ledger, base: str, endpoint: str) -> Iterator[Answer]:
+    """Answers that the ledger owes: one for every finetune that was dealt with and not answered yet."""
+    for event in ledger.events:
+        match event:
+            case Promoted():
+                answers = [_accepted(f, event.version, base, endpoint) for f in event.contributions]
+            case Judged():
+                answers = [_rejected(event.finetune, event.reason, event.detail, base, endpoint)]
+            case Refused():
+                detail = f"iteration {event.iteration}: {' '.join(event.objections)}"
+                answers = [_rejected(f, Reason.REFUSED, detail, base, endpoint) for f in event.contributions]
+            case _:
+                answers = []
+        yield from (a for a in answers if a.finetune not in ledger.said)
+
+
+def deliver(hub: Hub, answers: list[Answer]) -> tuple[Said, ...]:
+    """Open the discussions; who allows none or is gone counts as answered, and whom we cannot reach now waits."""
+    said = []
+    for answer in answers:
+        try:
+            said.append(Said(answer.finetune, hub.discuss(answer.finetune.repo, answer.title, answer.body)))
+        except (Forbidden, NotFound) as error:
+            log.warning("notify: %s cannot be answered: %s", answer.finetune, error)
+            said.append(Said(answer.finetune, None))
+        except HubError as error:
+            log.warning("notify: %s is answered by a later run: %s", answer.finetune, error)
+    return tuple(said)
+
+
+def _accepted(finetune: Revision, version: str, base: str, endpoint: str) -> Answer:
+    body = render(
+        "accepted.md.j2", finetune=finetune, base=base, code_base=Markup(base), version=version, endpoint=endpoint
+    )
+    return Answer(finetune, f"Part of {base} {version} (commit {finetune.sha[:12]})", body)
+
+
+def _rejected(finetune: Revision, reason: Reason, detail: str, base: str, endpoint: str) -> Answer:
+    body = render(
+        "rejected.md.j2", finetune=finetune, base=base, reason=reason, detail=detail, fix=FIX[reason], endpoint=endpoint
+    )
+    return Answer(finetune, f"Not fused into {base}: {reason} (commit {finetune.sha[:12]})", body)

@@ -1,0 +1,35 @@
+"""What one run found and did, as tables on standard output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bot.iteration import Iteration, Verdict
+
+
+def show(result: Iteration, *, acted: bool, console: Console | None = None) -> None:
+    """Print the plan or the result of a run; strangers' text is shown as text, whatever it contains."""
+    console = console or Console()
+    console.print(f"iteration {result.number}: {result.verdict}", style="bold", highlight=False)
+    if result.contributions or result.rejected:
+        console.print(_models(result))
+    if result.decision is not None:
+        console.print(result.decision.summary, highlight=False, markup=False)
+        for objection in result.decision.objections:
+            console.print(f"objection: {objection}", highlight=False, markup=False)
+    if not acted and result.verdict in (Verdict.PLANNED, Verdict.REFUSED, Verdict.WAITING):
+        console.print("Nothing was written. Run again with --publish to act on this.", highlight=False)
+
+
+def _models(result: Iteration) -> Table:
+    table = Table("finetune", "verdict", "why", box=None, pad_edge=False)
+    word = {Verdict.PROMOTED: f"in {result.version}", Verdict.REFUSED: "refused", Verdict.WAITING: "waits"}
+    for contribution in result.contributions:
+        examples = "?" if contribution.examples is None else contribution.examples
+        why = f"{examples} examples of {', '.join(contribution.datasets) or 'undeclared data'}"
+        table.add_row(Text(str(contribution.revision)), word.get(result.verdict, "accepted"), Text(why))
+    for rejected in result.rejected:
+        table.add_row(Text(str(rejected.revision)), f"rejected: {rejected.reason}", Text(rejected.detail))
+    return table

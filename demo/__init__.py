@@ -1,0 +1,1 @@
+"""The whole plot on one machine: `make demo`."""

@@ -1,0 +1,184 @@
+"""What the demo promises, checked against what is on its Hub; and the table at its end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bot.ledger import Judged, Ledger, read_ledger
+from demo.place import BASE, Place
+from hubfusion.errors import FusionError
+from hubfusion.hub import Hub
+from hubfusion.lineage import Revision
+from hubfusion.manifest import Manifest
+from hubfusion.publish import manifest_at
+from hubfusion.scores import Gain, compare
+
+LOAD = """
+import sys
+from transformers import AutoModel, AutoTokenizer
+model = AutoModel.from_pretrained(sys.argv[1], revision=sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], revision=sys.argv[2])
+out = model(**tokenizer("a base that gets better", return_tensors="pt")).last_hidden_state
+assert out.isfinite().all() and out.shape[-1] == model.config.hidden_size
+print(sum(p.numel() for p in model.parameters()))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What must have happened: each bad contribution's reason, and that the last run changed nothing."""
+
+    reasons: dict[str, str]
+    unchanged: bool
+
+
+def check(place: Place, claims: Claims) -> list[str]:
+    """Every promise that does not hold, as a sentence; an empty list when all do."""
+    hub = place.hub()
+    ledger = read_ledger(hub, f"{BASE}-ledger")
+    return [
+        *_reasons(ledger, claims),
+        *_versions(hub, ledger),
+        *_average(place, hub),
+        *_loads(place, hub),
+        *_answers(ledger),
+    ] + ([] if claims.unchanged else ["the last run changed the base, the ledger or the ranking"])
+
+
+def _reasons(ledger: Ledger, claims: Claims) -> Iterator[str]:
+    judged = {e.finetune.repo: e for e in ledger.events if isinstance(e, Judged)}
+    for repo, reason in claims.reasons.items():
+        found = judged[repo].reason if repo in judged else "never judged"
+        if found != reason:
+            yield f"{repo} should be refused as {reason}, got {found}"
+    yield from (
+        f"{repo} was refused as {e.reason}: {e.detail}" for repo, e in judged.items() if repo not in claims.reasons
+    )
+
+
+def _versions(hub: Hub, ledger: Ledger) -> Iterator[str]:
+    tags = hub.tags(BASE)
+    yield from (f"tag {tag} is missing" for tag in ("v0", "v1", "v2") if tag not in tags)
+    for promotion in ledger.promotions:
+        if len(promotion.contributions) < 5:
+            yield f"{promotion.version} has {len(promotion.contributions)} contributions, five were made"
+
+
+def _average(place: Place, hub: Hub) -> Iterator[str]:
+    """Recompute every published parameter in float64 from the published files, and compare to float32 rounding."""
+    from safetensors.numpy import load_file
+
+    work = place.folder / "verify"
+    for version in ("v1", "v2"):
+        released = Revision(BASE, hub.tags(BASE)[version])
+        manifest = manifest_at(hub, released)
+        if manifest is None:
+            yield f"{version} has no manifest"
+            continue
+        base = load_file(_weights(hub, manifest.base, work / "base"))
+        fused = load_file(_weights(hub, released, work / version))
+        inputs = [
+            load_file(_weights(hub, revision, work / revision.repo.replace("/", "--")))
+            for revision in manifest.recipe.inputs
+        ]
+        worst = 0.0
+        for name, value in fused.items():
+            if value.dtype == np.float32:
+                models = np.stack([base[name], *(i[f"bert.{name}"] for i in inputs)])
+                exact = models[1:].astype(np.float64).mean(axis=0)
+                worst = max(worst, float((np.abs(value - exact) / np.spacing(np.abs(models).max(axis=0))).max()))
+        if worst > 1.0:
+            yield f"{version} is not the float64 average of its contributions: off by {worst:.2f} ulp"
+        else:
+            print(
+                f"{version}: the published file is the float64 average of its contributions ({worst:.2f} ulp at most)"
+            )
+
+
+def _weights(hub: Hub, revision: Revision, folder: Path) -> Path:
+    (file,) = [f for f in hub.files(revision) if f.path == "model.safetensors"]
+    return hub.download(revision, file, folder / file.path)
+
+
+def _loads(place: Place, hub: Hub) -> Iterator[str]:
+    (place.folder / "load.py").write_text(LOAD)
+    for version in ("v1", "v2"):
+        try:
+            count = _fresh(place, version)
+        except FusionError as error:
+            yield f"{version} does not load in a fresh process: {error}"
+        else:
+            call = f'AutoModel.from_pretrained("{BASE}", revision="{version}")'
+            print(f"{call} works in a fresh process: {count} parameters")
+
+
+def _fresh(place: Place, version: str) -> str:
+
+    done = subprocess.run(
+        [sys.executable, "load.py", BASE, version],
+        cwd=place.folder,
+        env=place.environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise FusionError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.strip()
+
+
+def _answers(ledger: Ledger) -> Iterator[str]:
+    yield from (f"{finetune} has no answer" for finetune in sorted(ledger.judged - ledger.said))
+
+
+def final_table(place: Place) -> None:
+    """What happened, and the three lines that load the result."""
+    hub = place.hub()
+    ledger = read_ledger(hub, f"{BASE}-ledger")
+    console = Console(width=max(120, Console().width))
+    table = Table("iteration", "base", "accepted", "rejected", "scores", "base", "candidate", "gain", title=BASE)
+    for promotion in ledger.promotions:
+        manifest = manifest_at(hub, Revision(BASE, promotion.sha))
+        if manifest is None:
+            continue
+        rejected = [e for e in ledger.events if isinstance(e, Judged) and e.iteration == promotion.iteration]
+        first = [
+            str(promotion.iteration),
+            f"{manifest.parent_version} → {manifest.version}",
+            str(len(promotion.contributions)),
+            str(len(rejected)),
+        ]
+        for fold, protocol, gains in _folds(manifest):
+            means = [fmean(g.base for g in gains), fmean(g.candidate for g in gains), fmean(g.mean for g in gains)]
+            row = [f"{fold}, {protocol}", f"{means[0]:.2f}", f"{means[1]:.2f}", f"{means[2]:+.2f}"]
+            table.add_row(*first, *row)
+            first = [""] * 4
+        table.add_section()
+    console.print(table)
+    reasons = Table("rejected", "reason", "detail", box=None, pad_edge=False)
+    for event in ledger.events:
+        if isinstance(event, Judged):
+            reasons.add_row(Text(event.finetune.repo), event.reason, Text(event.detail))
+    console.print(reasons)
+    newest = ledger.promotions[-1].version if ledger.promotions else "v0"
+    print("\nfrom transformers import AutoModel, AutoTokenizer")
+    print(f'model = AutoModel.from_pretrained("{BASE}", revision="{newest}")')
+    print(f'tokenizer = AutoTokenizer.from_pretrained("{BASE}", revision="{newest}")')
+
+
+def _folds(manifest: Manifest) -> Iterator[tuple[str, str, list[Gain]]]:
+    gains = compare(manifest.candidate_scores, manifest.base_scores).gains
+    for fold in ("seen", "unseen"):
+        for protocol in dict.fromkeys(g.protocol for g in gains):
+            mine = [g for g in gains if g.protocol == protocol and (g.dataset in manifest.seen) == (fold == "seen")]
+            if mine:
+                yield fold, protocol, mine

@@ -1,0 +1,5 @@
+"""`python -m hubfusion` is the `hubfusion` command."""
+
+from hubfusion.cli import main
+
+main()

@@ -1,0 +1,35 @@
+"""Progress of long work: a bar when stderr is a terminal, a plain line for each tenth elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Tell = Callable[[int, int], None]
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Tell]:
+    """Yield ``tell(done, total)``."""
+    if not sys.stderr.isatty():
+        yield _plain(title)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _plain(title: str) -> Tell:
+    tenth = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal tenth
+        if total and done * 10 // total > tenth:
+            tenth = done * 10 // total
+            print(f"{title}: {100 * done // total} %", file=sys.stderr, flush=True)
+
+    return tell

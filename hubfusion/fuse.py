@@ -1,0 +1,232 @@
+"""Fuse: recipe + checkpoints -> candidate, streaming.
+
+A piece of the base and of every input is read, the method turns the deltas into one, and the sum is written; nothing
+larger than a piece is ever in memory. The same recipe over the same bytes gives the same bytes, whatever the number
+of threads, the size of pieces, the shards of the inputs or their order: inputs are taken in a canonical order (by
+repository and commit), deltas are float32 (float64 when any file is), and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hubfusion.errors import CheckpointError, RecipeError
+from hubfusion.lineage import Option, Recipe
+from hubfusion.methods import METHODS, Method
+from hubfusion.streaming import BLOCK, THREADS, Models, Piece, Range, fitting, in_threads, open_models
+from hubfusion.survey import Keywords, survey
+from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
+
+KIND_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do with k inputs, without saying where they are: the numbers of a recipe.
+
+    ``labels`` name the inputs; their sorted order is the canonical order of every sum.
+    """
+
+    labels: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    method: str = "average"
+    options: tuple[tuple[str, Option], ...] = ()
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse unknown methods, options, and numbers that are not finite."""
+        if self.method not in METHODS:
+            raise RecipeError(f"method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
+        known = METHODS[self.method].options
+        for name, value in self.options:
+            if name not in known:
+                allowed = ", ".join(sorted(known)) or "none"
+                raise RecipeError(f"{self.method}: unknown option {name!r}, allowed are {allowed}")
+            kind = type(known[name])
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise RecipeError(f"{self.method}: {name} must be {KIND_WORDS[kind]}, got {value!r:.60}")
+        if len(self.coefficients) != len(self.labels):
+            raise RecipeError(f"one coefficient per input, got {len(self.coefficients)} for {len(self.labels)} inputs")
+        for number in (*self.coefficients, self.scale):
+            if not math.isfinite(number):
+                raise RecipeError(f"{self.method}: coefficients and scale must be finite, got {number}")
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Plan:
+        """Return the plan of a lineage recipe: labels are ``owner/name@sha``."""
+        labels = tuple(f"{r.repo}@{r.sha}" for r in recipe.inputs)
+        return cls(labels, recipe.coefficients, recipe.method, recipe.options, recipe.scale)
+
+    @property
+    def order(self) -> list[int]:
+        """Positions of the inputs in canonical order."""
+        return sorted(range(len(self.labels)), key=lambda i: (self.labels[i], self.coefficients[i]))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the work is done: none of it changes a byte of the result."""
+
+    threads: int = THREADS
+    chunk: int | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Entries of the model done so far, and all of them; one event a piece."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What a fuse wrote and saw.
+
+    ``norms`` are the L2 norms of the k deltas over the fused parameters, in the recipe's order; ``kept`` are base
+    parameters that were copied as they are, ``dropped`` each input's own heads.
+    """
+
+    files: tuple[WrittenFile, ...]
+    norms: tuple[float, ...]
+    fused: tuple[str, ...]
+    kept: tuple[str, ...]
+    dropped: tuple[tuple[str, ...], ...]
+
+
+Listener = Callable[[Progress], None]
+
+
+def fuse(
+    recipe: Recipe | Plan,
+    base: Path,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    settings: Settings | None = None,
+    on_event: Listener | None = None,
+) -> Fused:
+    """Fuse ``inputs`` (in the recipe's order) into ``base`` and write the weights to the folder ``out``.
+
+    The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
+    pooler), task heads and integer buffers are the base's own. ``on_event`` gets a `Progress` after each piece, from
+    the thread that did it. Raises `CheckpointError` for files that do not fit or values that are not finite and
+    `RecipeError` for options; then ``out`` is as it was before.
+    """
+    plan = Plan.of(recipe) if isinstance(recipe, Recipe) else recipe
+    settings = settings or Settings()
+    if len(inputs) != len(plan.labels):
+        raise RecipeError(f"recipe has {len(plan.labels)} inputs, {len(inputs)} paths came")
+    if any(_same_place(out, path) for path in (base, *inputs)):
+        raise CheckpointError(f"{out}: the output folder must be neither the base nor an input")
+    order = plan.order
+    with ExitStack() as stack:
+        models = stack.enter_context(open_models(base, [inputs[i] for i in order]))
+        keywords = survey(plan.method, dict(plan.options), models, stack, settings.threads)
+        specs = list(models.base.parameters.values())
+        with write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes) as writing:
+            work = _Work(plan, models, writing, keywords, on_event)
+            work.copy_kept()
+            ranges = models.ranges(settings.chunk or models.chunk(), METHODS[plan.method].unit)
+            in_threads(ranges, work.start, settings.threads)
+        norms = work.norms()
+        back = np.argsort(order)
+        fused = Fused(
+            writing.written,
+            tuple(norms[i] for i in back),
+            models.fused,
+            models.kept,
+            tuple(models.sources[i].dropped for i in back),
+        )
+    log.info("fused %d inputs by %s: %d parameters", len(inputs), plan.method, len(models.fused))
+    return fused
+
+
+def _squares(deltas: Array) -> Array:
+    """Squared norm of each row; in blocks small enough that the BLAS library starts no threads of its own."""
+    rows, size = deltas.shape
+    whole = size - size % BLOCK
+    blocks = deltas[:, :whole].reshape(rows, -1, BLOCK)
+    tail = deltas[:, whole:]
+    squares: Array = np.vecdot(blocks, blocks).sum(axis=1, dtype=np.float64) + np.vecdot(tail, tail)
+    return squares
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    folder = other if other.is_dir() else other.parent
+    return one.resolve() == folder.resolve()
+
+
+class _Work:
+    """One fuse in progress: what its threads share."""
+
+    def __init__(
+        self, plan: Plan, models: Models, writing: Writing, keywords: Keywords, on_event: Listener | None
+    ) -> None:
+        self.models, self.writing, self.keywords, self.on_event = models, writing, keywords, on_event
+        self.method: Method = METHODS[plan.method]
+        self.options: Mapping[str, Any] = dict(plan.options)
+        self.scale = plan.scale
+        self.coefficients = [plan.coefficients[i] for i in plan.order]
+        self.total = sum(models.base.parameters[n].entries for n in models.fused)
+        self.done = 0
+        self.squares: dict[tuple[str, int], Array] = {}
+        self.lock = threading.Lock()
+
+    def start(self) -> Callable[[Range], None]:
+        """Return the work of one thread: a function of a range, with buffers of its own."""
+        buffer = np.empty((len(self.models.sources) + 1, 0), self.models.dtype)
+
+        def do(where: Range) -> None:
+            nonlocal buffer
+            buffer = fitting(buffer, where.last - where.first)
+            piece = self.models.read(where, buffer)
+            self._check(piece)
+            deltas = piece.deltas.reshape(-1, *where.shape)
+            delta = self.method.function(deltas, self.coefficients, **self.options, **self.keywords(piece)).reshape(-1)
+            if self.scale != 1.0:
+                delta *= self.scale
+            delta += piece.base
+            self.writing.write(where.parameter.name, where.first, delta)
+            self._tell(piece)
+
+        return do
+
+    def _check(self, piece: Piece) -> None:
+        """Keep the squared norm of every delta; one that is not finite names its file."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = _squares(piece.deltas)
+        if not np.isfinite(squares).all():
+            self.models.refuse_not_finite(piece)
+            squares = _squares(piece.deltas.astype(np.float64))
+        self.squares[piece.range.parameter.name, piece.range.first] = squares
+
+    def norms(self) -> list[float]:
+        """L2 norm of each delta, to 6 digits: the sum's last bits depend on the pieces."""
+        columns = np.array(list(self.squares.values()))
+        return [float(f"{math.sqrt(math.fsum(column)):.6g}") for column in columns.T]
+
+    def _tell(self, piece: Piece) -> None:
+        with self.lock:
+            self.done += piece.range.last - piece.range.first
+            if self.on_event:
+                self.on_event(Progress(self.done, self.total))
+
+    def copy_kept(self, step: int = 1 << 20) -> None:
+        """Copy the base's bytes of every parameter that is not fused."""
+        for name in self.models.kept:
+            for first in range(0, self.models.base.parameters[name].size, step):
+                last = min(first + step, self.models.base.parameters[name].size)
+                self.writing.write_bytes(name, first, self.models.base.read_bytes(name, first, last))

@@ -1,0 +1,139 @@
+"""The Hub calls that we make, as a Protocol, and `connect`, the only door to the network.
+
+What the real client leaves open is closed behind this door (measured on huggingface_hub 2.4): it has no time-outs, it
+retries unevenly and without an upper bound, it follows page links to any host with the token, a commit whose answer
+was lost looks like a failure, a commit without a change ignores ``parent_commit``, and downloads check sizes only.
+So here: every request has a time-out and a bounded number of tries; the token goes to the endpoint's own host and to
+nobody else; every commit carries a nonce that is looked for before a failure is believed; every file is hashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from hubfusion.lineage import RemoteFile, Revision
+
+OnBytes = Callable[[int], None]
+
+
+class Kind(StrEnum):
+    """What a repository holds."""
+
+    MODEL = "model"
+    DATASET = "dataset"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One model in a listing: its head commit at the time of the listing; ``modified`` is ISO 8601, UTC."""
+
+    revision: Revision
+    modified: str
+    tags: tuple[str, ...]
+    gated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One commit of a branch's history, ``message`` without the title line."""
+
+    sha: str
+    title: str
+    message: str
+
+
+class Hub(Protocol):
+    """What we ask of a Hub. Errors: `NotFound`, `Conflict`, else `HubError`; each message is one line.
+
+    ``revision`` arguments called ``name`` take branches and tags; `Revision` values are pinned.
+    """
+
+    endpoint: str
+
+    def whoami(self) -> str:
+        """The user whom the token belongs to."""
+        ...
+
+    def resolve(self, repo: str, name: str = "main", kind: Kind = Kind.MODEL) -> Revision:
+        """The commit that a branch or tag points to now."""
+        ...
+
+    def tags(self, repo: str, kind: Kind = Kind.MODEL) -> dict[str, str]:
+        """Tag name to commit sha."""
+        ...
+
+    def history(self, repo: str, kind: Kind = Kind.MODEL) -> Iterator[Commit]:
+        """Commits of ``main``, newest first."""
+        ...
+
+    def models(self, *filters: str) -> Iterator[Listing]:
+        """Models that carry every one of the tags in ``filters``, all pages, in the Hub's order."""
+        ...
+
+    def files(self, revision: Revision, kind: Kind = Kind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
+        """The files at a pinned commit; stops after ``limit`` + 1 entries, so that more can be told from enough."""
+        ...
+
+    def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
+        """Bytes ``start`` to ``stop`` (exclusive) of one file, fewer when it ends before; never reads beyond."""
+        ...
+
+    def download(
+        self,
+        revision: Revision,
+        file: RemoteFile,
+        target: Path,
+        kind: Kind = Kind.MODEL,
+        on_bytes: OnBytes | None = None,
+    ) -> Path:
+        """Fetch one file to ``target``, whole and with the listed hash, or raise `Corrupt`; resumes a cut transfer."""
+        ...
+
+    def create(self, repo: str, kind: Kind = Kind.MODEL) -> None:
+        """Make sure that the repository exists."""
+        ...
+
+    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+        """Put ``change`` on ``main`` as one commit on top of its parent and return the new sha.
+
+        Raises `Conflict` when the branch is no longer at the parent: then nothing was written. An answer that was
+        lost on the way is looked up by the nonce, so the commit is there exactly once.
+        """
+        ...
+
+    def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
+        """Tag a commit; the same tag on the same commit is fine, on another one it is a `Conflict`."""
+        ...
+
+    def discuss(self, repo: str, title: str, body: str) -> int:
+        """Open a discussion, once: one of ours with this title is answered with its number instead."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A commit before it is made: it can be printed, counted and tested.
+
+    ``files`` maps paths to bytes or to a local file. ``nonce`` names this one attempt in the commit message; at least
+    one file must differ from the parent, or the client would skip the commit and the race check with it.
+    """
+
+    title: str
+    parent: str
+    nonce: str
+    files: Mapping[str, bytes | Path]
+    delete: Sequence[str] = ()
+
+
+def connect(endpoint: str, token: str | None = None, *, tries: int = 5) -> Hub:
+    """A Hub behind ``endpoint`` (``http(s)://host[:port]``); without a token it reads as anybody may.
+
+    Only the endpoint differs between the real Hub and the embedded one.
+    """
+    from hubfusion.hub_client import HubClient
+
+    return HubClient(endpoint, token, tries=tries)

@@ -1,0 +1,61 @@
+"""``fusion.json``: what a published revision says of itself, enough to check it, rebuild it and take it back."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from hubfusion.gate import Decision
+from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, loads
+from hubfusion.scores import Scores
+
+FILE = "fusion.json"
+MAX_BYTES = 32 << 20
+PACKAGES = ("hubfusion", "numpy", "torch", "transformers", "datasets", "huggingface_hub", "scikit-learn")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One promoted iteration.
+
+    ``recipe`` names the base and the inputs by commit, in the order of ``contributions``; ``weights`` are the files
+    it produced; ``seen`` names the evaluation datasets that this version or one before it was trained on; ``nonce``
+    is also in the commit's message, so that the commit is found again after a crash.
+    """
+
+    iteration: int
+    version: str
+    parent_version: str
+    nonce: str
+    recipe: Recipe
+    contributions: tuple[Contribution, ...]
+    weights: tuple[RemoteFile, ...]
+    seen: tuple[str, ...]
+    base_scores: Scores
+    candidate_scores: Scores
+    decision: Decision
+    environment: Mapping[str, str]
+    schema: int = 1
+
+    @property
+    def base(self) -> Revision:
+        """The base revision that the contributions were finetuned from."""
+        return self.recipe.base
+
+
+def read_manifest(text: bytes, where: str) -> Manifest:
+    """Parse ``fusion.json`` strictly; raises `hubfusion.errors.FusionError` naming the key that does not fit."""
+    return loads(Manifest, text, where)
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions of Python and of the packages that the result depends on; imports none of them."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,42 @@
+"""The formulas: one function a method, ``method(deltas (k, *shape), coefficients (k,), *, option) -> delta``.
+
+Every docstring gives the formula, the paper and every departure from it. `METHODS` is the whole list. Keywords whose
+default is None are statistics of the whole model or parameter: `hubfusion.survey` finds them in a first pass when a
+method is streamed, and the function computes them from its deltas when called without. Deltas are never modified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hubfusion.methods.geometry import karcher, model_stock, slerp
+from hubfusion.methods.kinds import Method, Need, Unit
+from hubfusion.methods.linear import average, task_arithmetic
+from hubfusion.methods.robust import geometric_median, median, multi_krum, trimmed_mean
+from hubfusion.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
+from hubfusion.methods.spectral import iso_c, tsv
+from hubfusion.methods.statistics import fisher, regmean
+
+__all__ = ["METHODS", "Method", "Need", "Unit"]
+
+METHODS: Mapping[str, Method] = {
+    "average": Method(average, needs=Need.NORMS),
+    "task_arithmetic": Method(task_arithmetic),
+    "ties": Method(ties, needs=Need.THRESHOLDS),
+    "dare": Method(dare, needs=Need.DRAWS),
+    "dare_ties": Method(dare_ties, needs=Need.DRAWS),
+    "della": Method(della, unit=Unit.ROWS, needs=Need.DRAWS),
+    "breadcrumbs": Method(breadcrumbs, needs=Need.BANDS),
+    "sce": Method(sce, needs=Need.SELECTION),
+    "fisher": Method(fisher, needs=Need.FISHERS),
+    "regmean": Method(regmean, unit=Unit.PARAMETER, needs=Need.ACTIVATIONS),
+    "slerp": Method(slerp, needs=Need.SPHERE),
+    "karcher": Method(karcher, needs=Need.SPHERE),
+    "model_stock": Method(model_stock, needs=Need.GRAM),
+    "iso_c": Method(iso_c, unit=Unit.PARAMETER),
+    "tsv": Method(tsv, unit=Unit.PARAMETER),
+    "trimmed_mean": Method(trimmed_mean, needs=Need.NORMS),
+    "median": Method(median, needs=Need.NORMS),
+    "geometric_median": Method(geometric_median, needs=Need.GRAM),
+    "multi_krum": Method(multi_krum, needs=Need.GRAM),
+}

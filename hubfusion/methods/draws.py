@@ -1,0 +1,28 @@
+"""Random draws that depend on the recipe's seed, the input, the parameter's name and the entry, and on nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LEVELS = 1 << 16
+
+
+def draw(seed: int, row: int, name: str, first: int, last: int) -> npt.NDArray[np.uint16]:
+    """Uniform whole numbers in 0 ... 65535 for entries ``first ... last`` of one input's parameter.
+
+    Entry e has always the same draw, in whatever pieces it is asked for (PCG64 is advanced to it).
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}\0{row}\0{name}".encode()).digest()[:16], "little")
+    generator = np.random.PCG64(key).advance(first // 4)
+    words = np.asarray(generator.random_raw((last + 3) // 4 - first // 4), "<u8")
+    return words.view("<u2")[first % 4 : first % 4 + last - first]
+
+
+def draw_rows(seed: int, rows: int, name: str, first: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Draws of ``rows`` inputs for a piece that begins at entry ``first``: (rows, *shape)."""
+    size = int(np.prod(shape))
+    return np.stack([draw(seed, row, name, first, first + size) for row in range(rows)]).reshape(rows, *shape)

@@ -1,0 +1,120 @@
+"""What the registry says about a method, and the two words of array kinds that all formulas share.
+
+Formulas are written once over the array API standard (https://data-apis.org/array-api): numpy on the CPU, torch
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from hubfusion.errors import RecipeError
+
+Array = Any
+NORMS = ("keep", "clip", "equal")
+
+
+class Unit(StrEnum):
+    """What a method must see whole: any entries, rows (the last axis), or a parameter."""
+
+    ENTRIES = "entries"
+    ROWS = "rows"
+    PARAMETER = "parameter"
+
+
+class Need(StrEnum):
+    """What a first pass over all deltas must find out before a method can be given pieces."""
+
+    NOTHING = "nothing"
+    NORMS = "norms"
+    GRAM = "gram"
+    SPHERE = "sphere"
+    DRAWS = "draws"
+    THRESHOLDS = "thresholds"
+    BANDS = "bands"
+    SELECTION = "selection"
+    FISHERS = "fishers"
+    ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A formula and how it may be streamed.
+
+    ``needs`` names statistics that the function takes as keywords of plain values (None: it computes them from the
+    """
+
+    function: Callable[..., Array]
+    unit: Unit = Unit.ENTRIES
+    needs: Need = Need.NOTHING
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (self.function.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def options(self) -> Mapping[str, bool | int | float | str]:
+        """Keywords that a recipe may set, with their defaults."""
+        keywords = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is not None}
+
+
+def namespace(array: Array) -> Any:
+    """Return the array API namespace of an array: numpy's or torch's."""
+    return array_api_compat.array_namespace(array)
+
+
+def to_numpy(array: Array) -> Any:
+    """Copy an array of any kind to numpy on the host (numpy arrays are returned as they are)."""
+    return array if isinstance(array, np.ndarray | np.generic) else array.cpu().numpy()
+
+
+def share(coefficients: Array, where: str) -> list[float]:
+    """Coefficients divided by their sum, as Python floats; the sum must be finite and positive.
+
+    >>> share([1, 3], "average")
+    [0.25, 0.75]
+    """
+    values = [float(c) for c in coefficients]
+    total = math.fsum(values)
+    if not (math.isfinite(total) and total > 0):
+        raise RecipeError(f"{where}: coefficients must have a positive sum, got {total:g} from {values}")
+    return [v / total for v in values]
+
+
+def in_range(where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Refuse an option outside its range with the sentence ``ties: density must be in (0, 1], got 0``."""
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not inside or isinstance(value, bool):
+        brackets = ("(" if open_low else "[", ")" if high == math.inf else "]")
+        raise RecipeError(f"{where}: {name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value:g}")
+
+
+def one_of(where: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an option that is not one of the allowed words."""
+    if value not in allowed:
+        raise RecipeError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def norm_factors(norms: Sequence[float], treatment: str) -> list[float]:
+    """Factor of each delta under a norm treatment; the median is over the deltas that are not zero.
+
+    >>> norm_factors([1.0, 2.0, 8.0], "clip"), norm_factors([1.0, 2.0, 8.0], "equal")
+    ([1.0, 1.0, 0.25], [2.0, 1.0, 0.25])
+    """
+    one_of("norm", "norm", treatment, NORMS)
+    longer = [n for n in norms if n > 0]
+    if treatment == "keep" or not longer:
+        return [1.0] * len(norms)
+    median = float(np.median(longer))
+    scale = [median / n if n > 0 else 1.0 for n in norms]
+    return [min(1.0, s) for s in scale] if treatment == "clip" else scale

@@ -1,0 +1,142 @@
+"""What can be known of a checkpoint on the Hub without downloading it: config, shards and headers, by range reads.
+
+Everything here was written by a stranger. Reads stay within the budget of the `Policy`, under 100 kB for one model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from hubfusion import headers
+from hubfusion.errors import CheckpointError
+from hubfusion.headers import Header, TensorSpec
+from hubfusion.hub import Hub
+from hubfusion.lineage import Reason, RemoteFile, Revision
+from hubfusion.policy import Policy
+
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+class Refused(Exception):
+    """A rule objects: the reason and one sentence; `hubfusion.screen` turns it into a `Rejected`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        """Keep both."""
+        super().__init__(detail)
+        self.reason = reason
+
+
+def refuse(reason: Reason, detail: str) -> NoReturn:
+    """Object to the finetune at hand."""
+    raise Refused(reason, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """``files`` are those that hold the weights (shards and their index), ``tensors`` all of theirs by name."""
+
+    files: tuple[RemoteFile, ...]
+    tensors: Mapping[str, TensorSpec]
+
+
+def find_weights(files: Mapping[str, RemoteFile]) -> RemoteFile:
+    """The file that the weights start from, the single one or the index; refuses both, neither and adapters."""
+    if SINGLE in files and INDEX in files:
+        refuse(Reason.BAD_FILES, f"{SINGLE} and {INDEX} are both there: readers disagree on which one counts")
+    if SINGLE not in files and INDEX not in files:
+        others = sorted(n for n in files if n.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")))
+        adapter = "adapter_model.safetensors" in files
+        found = "only an adapter, merge it into the model" if adapter else f"only {others[0]}" if others else "none"
+        what = f"weights must be {SINGLE} or {INDEX} with shards, found {found}"
+        refuse(Reason.NO_SAFETENSORS, f"{what}; save with safe_serialization=True")
+    if "adapter_config.json" in files:
+        refuse(Reason.BAD_FILES, "adapter_config.json beside full weights: readers disagree on what the model is")
+    return files[SINGLE] if SINGLE in files else files[INDEX]
+
+
+def _check_size(file: RemoteFile, most: int) -> None:
+    if type(file.size) is not int or file.size < 0:
+        refuse(Reason.BAD_FILES, f"{file.path}: listed size {short(file.size)} is not a size")
+    if file.size > most:
+        refuse(Reason.TOO_LARGE, f"{file.path}: {file.size} bytes, at most {most} are allowed")
+    if file.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(file.sha256)):
+        refuse(Reason.BAD_FILES, f"{file.path}: listed sha256 {short(file.sha256)} is no hash")
+
+
+def read_config(hub: Hub, revision: Revision, files: Mapping[str, RemoteFile], policy: Policy) -> Mapping[str, Any]:
+    """Parse ``config.json``; what stands in it is for the caller to judge."""
+    if CONFIG not in files:
+        refuse(Reason.BAD_CONFIG, f"{CONFIG} is missing; push the model with save_pretrained")
+    _check_size(files[CONFIG], policy.max_config_bytes)
+    text = hub.read(revision, CONFIG, stop=files[CONFIG].size) if files[CONFIG].size else b""
+    try:
+        config = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        refuse(Reason.BAD_CONFIG, f"{CONFIG} is not JSON: {str(error)[:80]}")
+    if not isinstance(config, dict):
+        refuse(Reason.BAD_CONFIG, f"{CONFIG} must be a mapping, got {short(config)}")
+    return config
+
+
+def read_tensors(
+    hub: Hub, revision: Revision, files: Mapping[str, RemoteFile], policy: Policy, guess: int = 16 << 10
+) -> Peek:
+    """Read the headers of the checkpoint at ``revision``; together they may take ``policy.max_header_bytes``.
+
+    ``files`` are those of the root by name, ``guess`` is the expected length of all headers in bytes.
+    """
+    first, budget = find_weights(files), policy.max_header_bytes
+    if first.path == SINGLE:
+        return Peek((first,), _read_header(hub, revision, first, policy, budget, guess)[0].tensors)
+    _check_size(first, budget // 2)
+    text = hub.read(revision, INDEX, stop=max(1, first.size))
+    try:
+        index = headers.parse_index(text, {n: f.size for n, f in files.items()}, INDEX)
+    except CheckpointError as error:
+        refuse(Reason.BAD_INDEX, str(error))
+    budget -= len(text)
+    shards = sorted(set(index.values()))
+    if len(shards) > policy.max_shards:
+        refuse(Reason.TOO_LARGE, f"{INDEX}: {len(shards)} shards, at most {policy.max_shards} are allowed")
+    tensors: dict[str, TensorSpec] = {}
+    for shard in shards:
+        header, used = _read_header(hub, revision, files[shard], policy, budget, guess // len(shards) + 1024)
+        budget -= used
+        promised = {name for name, where in index.items() if where == shard}
+        if wrong := sorted(promised ^ set(header.tensors)):
+            kind = "lacks" if wrong[0] in promised else "holds, unknown to the index,"
+            refuse(Reason.BAD_INDEX, f"{shard} {kind} {wrong[0][:80]}")
+        tensors.update(header.tensors)
+    return Peek((first, *(files[shard] for shard in shards)), tensors)
+
+
+def _read_header(
+    hub: Hub, revision: Revision, file: RemoteFile, policy: Policy, budget: int, guess: int
+) -> tuple[Header, int]:
+    """The header of one file and the bytes it took: one request when it is about as long as the base's, else two."""
+    _check_size(file, policy.max_file_bytes)
+    try:
+        prefix = hub.read(revision, file.path, stop=max(8, min(guess, budget, file.size)))
+        size = headers.header_bytes(prefix, file.size, file.path)
+        if size > budget:
+            refuse(Reason.TOO_LARGE, f"{file.path}: header of {size} bytes, at most {budget} are read")
+        if len(prefix) < size:
+            prefix += hub.read(revision, file.path, start=len(prefix), stop=size)
+        return headers.parse_header(prefix, file.size, file.path), len(prefix)
+    except CheckpointError as error:
+        refuse(Reason.BAD_HEADER, str(error))
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxother = 2, 3, 3, 60, 60
+
+
+def short(value: Any) -> str:
+    """A stranger's value for one line of text: printable ASCII only, cut after 60 characters, in bounded time."""
+    text = _REPR.repr(value).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 60 else text[:57] + "..."

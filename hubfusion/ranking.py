@@ -1,0 +1,114 @@
+"""The ranking: every score of every version in a parquet file, and a table that people can read.
+
+Long form, one row a (version, dataset, protocol): there is no column order that a score could slip out of. The whole
+file is written anew from what is there plus one version; a version that is there already is left alone.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from statistics import fmean, stdev
+from typing import Any
+
+from hubfusion.card import render
+from hubfusion.errors import Conflict, NotFound
+from hubfusion.hub import Change, Hub, Kind
+from hubfusion.lineage import Revision
+from hubfusion.manifest import Manifest
+from hubfusion.scores import Scores
+
+log = logging.getLogger(__name__)
+
+FILE = "data/ranking.parquet"
+MAX_BYTES = 256 << 20
+TRIES = 5
+
+
+def rank(hub: Hub, repo: str, revision: Revision, manifest: Manifest, nonce: str) -> None:
+    """Add the version at ``revision`` to the ranking, unless it is there."""
+    for attempt in range(TRIES):
+        head = hub.resolve(repo, kind=Kind.DATASET)
+        rows = read_rows(hub, head)
+        if any(row["version"] == manifest.version for row in rows):
+            return
+        if not rows:
+            rows = list(_rows(manifest.parent_version, manifest.base.sha, 0, 0, manifest.base_scores))
+        count = len(manifest.contributions)
+        rows += _rows(manifest.version, revision.sha, manifest.iteration, count, manifest.candidate_scores)
+        files: dict[str, Any] = {FILE: _to_parquet(rows), "README.md": page(rows, revision.repo)}
+        try:
+            hub.commit(repo, Change(f"rank {manifest.version}", head.sha, f"{nonce}-{attempt}", files), Kind.DATASET)
+        except Conflict:
+            continue
+        log.info("rank: %s is in %s", manifest.version, repo)
+        return
+    raise Conflict(f"{repo}: other writers were faster {TRIES} times in a row; the next run goes on from here")
+
+
+def read_rows(hub: Hub, head: Revision) -> list[dict[str, Any]]:
+    """Every row of the ranking at a pinned commit; none when nothing was ranked yet."""
+    import pyarrow.parquet as pq
+
+    try:
+        data = hub.read(head, FILE, stop=MAX_BYTES, kind=Kind.DATASET)
+    except NotFound:
+        return []
+    return list(pq.read_table(io.BytesIO(data)).to_pylist())
+
+
+def _rows(version: str, sha: str, iteration: int, contributions: int, scores: Scores) -> Iterator[dict[str, Any]]:
+    for entry in scores:
+        yield {
+            "version": version,
+            "sha": sha,
+            "iteration": iteration,
+            "contributions": contributions,
+            "dataset": entry.dataset,
+            "dataset_key": scores.provenance.datasets[entry.dataset],
+            "protocol": entry.protocol,
+            "protocol_hash": scores.provenance.protocols[entry.protocol],
+            "metric": entry.metric,
+            "seeds": list(entry.seeds),
+            "values": list(entry.values),
+            "mean": entry.mean,
+            "examples": entry.examples,
+        }
+
+
+def _to_parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def page(rows: list[dict[str, Any]], base: str) -> bytes:
+    """The ranking's README: one line a version and protocol, newest first."""
+    metadata = {"pretty_name": f"Ranking of {base}", "configs": [{"config_name": "default", "data_files": FILE}]}
+    lines = sorted(summarise(rows), key=lambda line: (-int(line["version"][1:]), line["protocol"]))
+    return render("ranking.md.j2", metadata, base=base, rows=lines).encode()
+
+
+def summarise(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Mean score of each (version, protocol), and the gain over the version before on the scores that both have."""
+    table: dict[str, dict[str, dict[tuple[str, ...], dict[str, Any]]]] = {}
+    for row in rows:
+        key = (row["dataset"], row["dataset_key"], row["protocol_hash"], str(row["seeds"]))
+        table.setdefault(row["protocol"], {}).setdefault(row["version"], {})[key] = row
+    for protocol, versions in table.items():
+        for version, entries in versions.items():
+            before = versions.get(f"v{int(version[1:]) - 1}", {})
+            gains = [entries[key]["mean"] - before[key]["mean"] for key in entries if key in before]
+            first = next(iter(entries.values()))
+            yield {name: first[name] for name in ("version", "sha", "iteration", "contributions")} | {
+                "protocol": protocol,
+                "datasets": len(entries),
+                "mean": fmean(row["mean"] for row in entries.values()),
+                "gain": fmean(gains) if gains else None,
+                "stderr": stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0,
+            }

@@ -1,0 +1,290 @@
+"""Why downloaded weights must not be fused: one streaming pass over the base and all contributions, numpy alone.
+
+Honest task vectors of one base are small against it, nearly orthogonal between datasets (|cosine| ≤ 0.11, ≤ 0.28 for
+the same dataset) and differ up to 46-fold in norm, growing with about the 0.45th power of the training examples
+(*Knowledge is a Region in Weight Space*, arXiv 2302.04863, and its saved matrices). What breaks these laws is named.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import stat
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hubfusion.errors import CheckpointError
+from hubfusion.layout import encoder_of, match
+from hubfusion.lineage import Contribution, Reason, Rejected, Revision
+from hubfusion.sketch import SIZE, Signs
+from hubfusion.taskvectors import OnEntries, TaskVector, entries_of, kind_of, measure
+from hubfusion.weights import INDEX, SINGLE, open_checkpoint
+
+log = logging.getLogger(__name__)
+GROWTH = 0.45
+Objection = tuple[Reason, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where honest ends; ratios and cosines, no units. The defaults leave room around everything measured.
+
+    ``unchanged`` and ``relative`` bound ‖τ‖/‖θ‖ of the base, ``band`` the norm against the batch's median after both
+    were divided by examples^0.45, ``band_any`` without that. ``copy`` is a cosine for any two contributions,
+    ``claim`` for two that declare different datasets, ``inverse`` for an opposite. ``share`` bounds the part of ‖τ‖²
+    in one tensor, ``spread`` is the least effective number of moved entries, (Στ²)²/Στ⁴.
+    """
+
+    unchanged: float = 1e-7
+    relative: float = 0.5
+    band: float = 16.0
+    band_any: float = 64.0
+    copy: float = 0.9
+    claim: float = 0.6
+    inverse: float = -0.5
+    share: float = 0.97
+    spread: float = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What one contribution's task vector τ looks like; ``along`` is ⟨τ, θ⟩/‖θ‖², ``effective`` (Στ²)²/Στ⁴.
+
+    ``shares`` maps each base parameter that moved to its part of ‖τ‖². ``kind`` says which part of the model was
+    trained, ``nearest`` which base version is nearest, ``distances`` ‖θ_c − version‖ by tag.
+    """
+
+    revision: Revision
+    author: str
+    norm: float
+    relative: float
+    along: float
+    largest: float
+    effective: float
+    kind: str
+    shares: Mapping[str, float]
+    nearest: str
+    distances: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The batch: ``measures`` of those that could be read whole, oldest first, their ``cosines``, and who is out.
+
+    ``median`` is the median norm of those that stay (0.0 when nobody does), ``entries`` the size of the base,
+    ``seed`` the one that the sketches used.
+    """
+
+    measures: tuple[Measure, ...]
+    cosines: tuple[tuple[float, ...], ...]
+    rejected: tuple[Rejected, ...]
+    median: float
+    entries: int
+    seed: int
+
+    @property
+    def accepted(self) -> tuple[Revision, ...]:
+        """Those who stay, oldest first."""
+        out = {r.revision for r in self.rejected}
+        return tuple(m.revision for m in self.measures if m.revision not in out)
+
+
+def examine(
+    base: Path,
+    contributions: Sequence[tuple[Contribution, Path]],
+    *,
+    tag: str = "current",
+    versions: Mapping[str, Path] | None = None,
+    known_norms: Sequence[float] = (),
+    bounds: Bounds | None = None,
+    seed: int | None = None,
+    on_entries: OnEntries | None = None,
+) -> Report:
+    """Measure and judge contributions (oldest first) in folders against the base in ``base``.
+
+    ``versions`` are earlier releases by tag, ``known_norms`` norms accepted before, ``tag`` the base's own tag. The
+    sketches draw a secret seed unless one is given. ``on_entries(done, all)`` reports progress. Raises
+    `CheckpointError` only for the base and its versions; what is wrong with a contribution is in the report.
+    """
+    bounds, seed = bounds or Bounds(), secrets.randbits(63) if seed is None else seed
+    vectors: dict[int, TaskVector] = {}
+    earlier: dict[str, TaskVector] = {}
+    objections: dict[int, tuple[Reason, str]] = {}
+    with ExitStack() as stack:
+        ours = stack.enter_context(open_checkpoint(base))
+        encoder = encoder_of(ours.parameters)
+        for number, (_, folder) in enumerate(contributions):
+            try:
+                _check_folder(folder)
+                checkpoint = stack.enter_context(open_checkpoint(folder))
+                vectors[number] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters, any_float=True))
+            except CheckpointError as error:
+                objections[number] = (Reason.CORRUPT, f"not what was screened: {error}")
+        for name, folder in (versions or {}).items():
+            checkpoint = stack.enter_context(open_checkpoint(folder))
+            earlier[name] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters))
+        size = measure(ours, encoder, [*vectors.values(), *earlier.values()], Signs(seed), on_entries)
+    if broken := next(((n, v.bad) for n, v in earlier.items() if v.bad), None):
+        raise CheckpointError(f"version {broken[0]}: {broken[1][1]}")
+    objections |= {n: v.bad for n, v in vectors.items() if v.bad}
+    whole = {n: v for n, v in vectors.items() if not v.bad}
+    measures = {n: _describe(contributions[n][0], v, size, kind_of(v, encoder), earlier, tag) for n, v in whole.items()}
+    entries = entries_of(encoder)
+    for n, each in measures.items():
+        if objection := _judge_one(each, entries, tag, bounds):
+            objections[n] = objection
+    cosines = _cosines([v.sketch for v in whole.values()])
+    _judge_pairs([c for c, _ in contributions], list(whole), cosines, objections, bounds, tag)
+    standing = {n: m for n, m in measures.items() if n not in objections}
+    _judge_band(standing, [c for c, _ in contributions], known_norms, objections, bounds)
+    left = [m.norm for n, m in measures.items() if n not in objections]
+    rejected = tuple(
+        Rejected(c.revision, c.author, *objections[n]) for n, (c, _) in enumerate(contributions) if n in objections
+    )
+    log.info("soundness: %d examined, %d rejected", len(contributions), len(rejected))
+    rows = tuple(tuple(round(float(x), 6) for x in row) for row in cosines)
+    return Report(tuple(measures.values()), rows, rejected, median(left) if left else 0.0, entries, seed)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse links, pipes and devices: what a stranger's download left must be plain files, of one checkpoint."""
+    for path in sorted(folder.iterdir()):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path.name} is not a regular file")
+    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+        raise CheckpointError(f"{SINGLE} and {INDEX} are both there")
+
+
+def clip_factors(report: Report, bound: float | None = None) -> tuple[float, ...]:
+    """min(1, bound/‖τ‖) for each of ``report.accepted``; the bound is the median norm unless one is given.
+
+    The clipped average is base + (1/k) Σ factor·τ. A method that divides by the sum of its coefficients gives it with
+    the factors as coefficients and the scale λ = their mean.
+    """
+    kept, limit = set(report.accepted), report.median if bound is None else bound
+    return tuple(min(1.0, limit / m.norm) for m in report.measures if m.revision in kept)
+
+
+def _describe(
+    contribution: Contribution, vector: TaskVector, size: float, kind: str, earlier: Mapping[str, TaskVector], tag: str
+) -> Measure:
+    total = math.fsum(vector.squares.values())
+    shares = {name: square / total for name, square in vector.squares.items()}
+    distances = {tag: vector.norm}
+    nearest = tag
+    for name, version in earlier.items():
+        gap = vector.sketch - version.sketch
+        distance = math.sqrt(float(gap @ gap))
+        if not math.isfinite(distance):
+            continue
+        distances[name] = distance
+        # The noise of |sketch gap|² against ‖τ‖²; nearer by less than three times that says nothing.
+        noise = 6 * vector.norm * version.norm / math.sqrt(SIZE)
+        own = float(vector.sketch @ vector.sketch)
+        if distances[name] ** 2 < own - noise and (nearest == tag or distances[name] < distances[nearest]):
+            nearest = name
+    return Measure(
+        contribution.revision,
+        contribution.author,
+        norm=vector.norm,
+        relative=vector.norm / math.sqrt(size) if size else math.inf,
+        along=vector.along / size if size else 0.0,
+        largest=vector.largest,
+        effective=vector.effective,
+        kind=kind,
+        shares=shares,
+        nearest=nearest,
+        distances=distances,
+    )
+
+
+def _judge_one(each: Measure, entries: int, tag: str, bounds: Bounds) -> Objection:
+    """What a single task vector shows by itself."""
+    if each.norm == 0.0:
+        return Reason.UNCHANGED, f"encoder and embeddings equal {tag}: only a head was trained, or nothing"
+    if each.relative < bounds.unchanged:
+        return Reason.UNCHANGED, f"‖τ‖ is {each.relative:.1e} of the base's norm: as good as unchanged"
+    if each.nearest != tag:
+        near, far = each.distances[each.nearest], each.norm
+        return Reason.WRONG_BASE, f"made from {each.nearest} (distance {near:.3g}), not from {tag} ({far:.3g})"
+    if each.along < -0.5 and 0.5 < math.sqrt(max(0.0, 1 + 2 * each.along + each.relative**2)) < 2:
+        return Reason.WRONG_BASE, "shares nothing with the base: finetuned from another pretraining run"
+    if each.relative > bounds.relative:
+        return Reason.OUTLIER, f"‖τ‖ is {each.relative:.3g} of the base's norm, at most {bounds.relative} is plausible"
+    if each.effective < bounds.spread:
+        return Reason.CONCENTRATED, f"about {each.effective:.1f} of {entries} entries hold the whole change"
+    name, share = max(each.shares.items(), key=lambda item: item[1])
+    if share > bounds.share:
+        return Reason.CONCENTRATED, f"{share:.1%} of the change is in {name} alone, at most {bounds.share:.0%}"
+    return None
+
+
+def _judge_pairs(
+    contributions: Sequence[Contribution],
+    numbers: Sequence[int],
+    cosines: NDArray[np.float64],
+    objections: dict[int, tuple[Reason, str]],
+    bounds: Bounds,
+    tag: str,
+) -> None:
+    """Copies and opposites: the oldest stays. Compared with those that stand and with those out for their size."""
+    for j, number in enumerate(numbers):
+        this = contributions[number]
+        for i, other in enumerate(numbers[:j]):
+            if number in objections or (other in objections and objections[other][0] is not Reason.OUTLIER):
+                continue
+            cosine, older = float(cosines[i, j]), contributions[other]
+            disjoint = bool(this.datasets and older.datasets) and not set(this.datasets) & set(older.datasets)
+            if cosine > bounds.copy:
+                same = (
+                    "the same weights as" if cosine > 0.999999 else f"nearly the same update (cosine {cosine:.3f}) as"
+                )
+                objections[number] = (Reason.DUPLICATE, f"{same} {older.revision}, which was first")
+            elif cosine > bounds.claim and disjoint:
+                why = f"cosine {cosine:.3f} with {older.revision}, though both declare other data"
+                objections[number] = (Reason.DUPLICATE, why)
+            elif cosine < bounds.inverse:
+                objections[number] = (Reason.INVERSE, f"undoes {older.revision} (cosine {cosine:.3f})")
+
+
+def _judge_band(
+    standing: Mapping[int, Measure],
+    contributions: Sequence[Contribution],
+    known_norms: Sequence[float],
+    objections: dict[int, tuple[Reason, str]],
+    bounds: Bounds,
+) -> None:
+    """Norms far from the batch's; needs three to speak of a median."""
+    norms = [*known_norms, *(m.norm for m in standing.values())]
+    if len(norms) < 3:
+        return
+    usual = median(norms)
+    scaled = {n: m.norm / e**GROWTH for n, m in standing.items() if (e := contributions[n].examples)}
+    typical = median(scaled.values()) if len(scaled) >= 3 else 0.0
+    for n, each in standing.items():
+        if not 1 / bounds.band_any <= each.norm / usual <= bounds.band_any:
+            limit = f"the median of the batch is {usual:.3g}, {bounds.band_any:g}-fold is allowed"
+            objections[n] = (Reason.OUTLIER, f"‖τ‖ is {each.norm:.3g}; {limit}")
+        elif n in scaled and typical and scaled[n] / typical > bounds.band:
+            expected = each.norm / scaled[n] * typical
+            why = f"‖τ‖ is {each.norm:.3g}, for {contributions[n].examples} examples about {expected:.3g} is usual"
+            objections[n] = (Reason.OUTLIER, f"{why}, {bounds.band:g}-fold is allowed")
+
+
+def _cosines(sketches: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """All cosines (N, N), from the sketches; 0 where a vector is zero or too large."""
+    if not sketches:
+        return np.zeros((0, 0))
+    rows = np.stack(sketches)
+    with np.errstate(all="ignore"):
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[~np.isfinite(rows).all(axis=1)] = 0.0
+    cosines: NDArray[np.float64] = np.clip(rows @ rows.T, -1.0, 1.0)
+    return cosines

@@ -1,0 +1,236 @@
+"""Walk over a base and k finetunes of it in bounded pieces: the one loop under every fuse and every measurement.
+
+A piece is a range of entries of one parameter: the base's values and the k deltas (finetune − base), in float32 (in
+float64 when any file is). Buffers are sized for a core's cache, so memory depends neither on k nor on the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from hubfusion import align
+from hubfusion.errors import CheckpointError
+from hubfusion.methods.kinds import Unit
+from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
+
+BLOCK = 8192
+BUFFER_ENTRIES = 1 << 20
+THREADS = 2
+FREED_BYTES = 24 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Entries ``first ... last`` of one parameter, counted in row-major order."""
+
+    parameter: Parameter
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a piece: the parameter's own when whole, (rows, columns) of whole rows, else flat."""
+        size, shape = self.last - self.first, self.parameter.shape
+        if size == self.parameter.entries:
+            return shape
+        return (size // shape[-1], shape[-1]) if size % shape[-1] == 0 and self.first % shape[-1] == 0 else (size,)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A `Range` read: ``base`` (n,) and ``deltas`` (k, n), valid until the next piece is read into the buffers."""
+
+    range: Range
+    base: Array
+    deltas: Array
+
+
+class Source(Protocol):
+    """One input, matched to the base."""
+
+    @property
+    def path(self) -> Path:
+        """Folder or file, for errors."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Base parameters that this input can give a delta for."""
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the input's own that are not fused: heads."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether float32 would lose some of its precision."""
+
+    def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
+        """Fill ``out`` with this input minus ``base``, from entry ``first`` of the base's parameter ``name``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """A whole finetuned checkpoint as a `Source`."""
+
+    checkpoint: Checkpoint
+    match: align.Match
+
+    @property
+    def path(self) -> Path:
+        """Folder or file of the checkpoint."""
+        return self.checkpoint.path
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Base name to own name."""
+        return self.match.names
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The heads and buffers that the base does not have."""
+        return self.match.dropped
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether any fused parameter is float64."""
+        return any(self.checkpoint.parameters[n].dtype == "F64" for n in self.match.names.values())
+
+    def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
+        """Read the finetuned entries and subtract the base's."""
+        self.checkpoint.read(self.match.names[name], first, out)
+        np.subtract(out, base, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A base and its inputs, open and matched; ``fused`` are the base's parameters that every input has."""
+
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    fused: tuple[str, ...]
+    dtype: type[np.floating[Any]]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Parameters and buffers of the base that are not fused: copied as they are."""
+        return tuple(sorted(set(self.base.parameters) - set(self.fused)))
+
+    def ranges(self, entries: int, unit: Unit = Unit.ENTRIES, names: Sequence[str] | None = None) -> Iterator[Range]:
+        """Split the fused parameters, in order of their names, into ranges of at most about ``entries`` entries.
+
+        Whole rows or parameters are never split when ``unit`` says so; other cuts are at multiples of `BLOCK`.
+        """
+        for name in self.fused if names is None else names:
+            spec = self.base.parameters[name]
+            step = max(BLOCK, entries // BLOCK * BLOCK)
+            if unit is Unit.PARAMETER or (unit is Unit.ROWS and len(spec.shape) < 2):
+                step = spec.entries
+            elif unit is Unit.ROWS and spec.shape[-1]:
+                step = max(1, entries // spec.shape[-1]) * spec.shape[-1]
+            for first in range(0, spec.entries, max(step, 1)):
+                yield Range(spec, first, min(first + step, spec.entries))
+
+    def chunk(self, spare: int = 0) -> int:
+        """Entries a piece may have so that the buffers of one thread stay in a core's cache."""
+        return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1 + spare) // BLOCK * BLOCK)
+
+    def read(self, where: Range, buffer: Array) -> Piece:
+        """Read one piece into ``buffer`` (k + 1, at least n)."""
+        size = where.last - where.first
+        base = buffer[0, :size]
+        self.base.read(where.parameter.name, where.first, base)
+        for row, source in enumerate(self.sources, 1):
+            source.read_delta(where.parameter.name, where.first, base, buffer[row, :size])
+        return Piece(where, base, buffer[1:, :size])
+
+    def refuse_not_finite(self, piece: Piece, sources: Sequence[Source] | None = None) -> None:
+        """Raise `CheckpointError` for the first delta that is not finite: its file, parameter and entry."""
+        where = piece.range
+        for source, delta in zip(sources or self.sources, piece.deltas, strict=True):
+            bad = np.flatnonzero(~np.isfinite(delta))
+            if bad.size:
+                raise CheckpointError(
+                    f"{source.path}: {where.parameter.name}: entry {where.first + int(bad[0])} minus the base's is "
+                    f"{float(delta[bad[0]])}; only finite values can be fused"
+                )
+
+    def pieces(self, entries: int | None = None, unit: Unit = Unit.ENTRIES) -> Iterator[Piece]:
+        """Iterate over all pieces in canonical order, in this thread, each overwriting the one before."""
+        buffer = np.empty((len(self.sources) + 1, 0), self.dtype)
+        for where in self.ranges(entries or self.chunk(), unit):
+            buffer = fitting(buffer, where.last - where.first)
+            yield self.read(where, buffer)
+
+
+def fitting(buffer: Array, entries: int) -> Array:
+    """Return ``buffer`` when its rows have room for ``entries``, otherwise a larger one of the same rows and dtype."""
+    return buffer if buffer.shape[1] >= entries else np.empty((buffer.shape[0], entries), buffer.dtype)
+
+
+@contextmanager
+def open_models(base: Path, inputs: Sequence[Path]) -> Iterator[Models]:
+    """Open a base and its finetunes and match every parameter; raises `CheckpointError` for what does not fit.
+
+    An input is a checkpoint folder, a ``.safetensors`` file, or a PEFT adapter folder (``adapter_config.json``).
+    """
+    if not inputs:
+        raise CheckpointError(f"{base}: at least one finetune is needed, got none")
+    with ExitStack() as stack:
+        trunk = stack.enter_context(open_checkpoint(base))
+        tied = align.tied_names(trunk)
+        sources = tuple(stack.enter_context(_open_source(Path(p), trunk, tied)) for p in inputs)
+        fused = set.intersection(*(set(s.names) for s in sources))
+        if not fused:
+            raise CheckpointError(f"{base}: no float parameter is shared by all of {len(sources)} inputs")
+        wide = any(trunk.parameters[n].dtype == "F64" for n in fused) or any(s.is_wide for s in sources)
+        yield Models(trunk, sources, tuple(sorted(fused)), np.float64 if wide else np.float32)
+
+
+@contextmanager
+def _open_source(path: Path, base: Checkpoint, tied: Mapping[str, str]) -> Iterator[Source]:
+    with open_checkpoint(path) as checkpoint:
+        yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
+
+
+def in_threads(jobs: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = THREADS) -> None:
+    """Do every job, each thread with a function of its own (its buffers) made by ``worker()``.
+
+    The first exception stops all threads and is raised here.
+    """
+    queue, lock = iter(jobs), threading.Lock()
+    # Once a mapped block of this size was freed, glibc serves smaller ones from memory it keeps: the formulas'
+    # temporaries then cost no page faults (a hundredfold fewer of them, and a third of DARE's time).
+    np.empty(FREED_BYTES, np.uint8)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            do = worker()
+            while not failures:
+                with lock:
+                    job = next(queue, queue)
+                if job is queue:
+                    return
+                do(job)  # type: ignore[arg-type]
+        except BaseException as error:  # noqa: B036 raised again below, in the caller's thread
+            failures.append(error)
+
+    if threads < 1:
+        raise CheckpointError(f"threads must be at least 1, got {threads}")
+    others = [threading.Thread(target=run, daemon=True) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    run()
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[0]

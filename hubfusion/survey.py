@@ -1,0 +1,307 @@
+"""What a method must know about all deltas before it can be given pieces: the first passes of a fuse.
+
+Each survey reads the models in pieces of its own canonical size, so its numbers do not depend on how the fuse is run,
+and returns a function from a piece to the keywords of the method.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from hubfusion.errors import CheckpointError
+from hubfusion.methods import METHODS, Need, sparse
+from hubfusion.methods.draws import draw_rows
+from hubfusion.selection import nth_largest
+from hubfusion.streaming import THREADS, Models, Piece, Range, fitting, in_threads
+from hubfusion.weights import Array, Checkpoint, open_checkpoint
+
+STREAM_ENTRIES = 1 << 16
+SAMPLE_ENTRIES = 1 << 10
+SMALL_GEMM = 1 << 18
+FISHER_FILE, ACTIVATIONS_FILE = "fisher.safetensors", "regmean.safetensors"
+
+Options = Mapping[str, Any]
+Keywords = Callable[[Piece], dict[str, Any]]
+
+
+def survey(method: str, options: Options, models: Models, stack: ExitStack, threads: int = THREADS) -> Keywords:
+    """Return the statistics keywords of ``method`` for each piece; ``stack`` closes the files that it opens."""
+    spec = METHODS[method]
+    options = {**spec.options, **options}
+    find = SURVEYS[spec.needs]
+    return find(options, models, stack, threads)
+
+
+def _nothing(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    return lambda piece: {}
+
+
+def _norms(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    if options["norm"] == "keep":
+        return lambda piece: {}
+    squares = np.sum([np.diag(gram)[1:] for gram in grams(models, threads).values()], axis=0)
+    norms = np.sqrt(squares).tolist()
+    return lambda piece: {"norms": norms}
+
+
+def _gram(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    each = {name: gram[1:, 1:] for name, gram in grams(models, threads).items()}
+    if options.get("scope", "model") == "parameter":
+        return lambda piece: {"gram": each[piece.range.parameter.name]}
+    whole = np.sum(list(each.values()), axis=0)
+    return lambda piece: {"gram": whole}
+
+
+def _sphere(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    each = grams(models, threads)
+    if options["space"] == "deltas":
+        return lambda piece: {"gram": each[piece.range.parameter.name][1:, 1:]}
+    whole = {n: g[:1, :1] + g[:1, 1:] + g[1:, :1] + g[1:, 1:] for n, g in each.items()}
+    return lambda piece: {"gram": whole[piece.range.parameter.name], "base": piece.base.reshape(piece.range.shape)}
+
+
+def grams(models: Models, threads: int = THREADS) -> dict[str, Array]:
+    """Inner products of the base and the k deltas, a parameter at a time: name to (k + 1, k + 1) in float64.
+
+    Sums are float64 over fixed blocks, in a fixed order: the same bits for any number of threads.
+    """
+    rows = len(models.sources) + 1
+    block = max(1, SMALL_GEMM // rows**2 // 2)  # larger products would start the BLAS library's own threads
+    found: dict[tuple[str, int], Array] = {}
+
+    def start() -> Callable[[Range], None]:
+        buffer = np.empty((rows, STREAM_ENTRIES), models.dtype)
+        wide = np.empty((rows, block), np.float64)
+
+        def do(where: Range) -> None:
+            size = where.last - where.first
+            models.read(where, buffer)
+            total = np.zeros((rows, rows))
+            for first in range(0, size, block):
+                part = wide[:, : min(block, size - first)]
+                part[:] = buffer[:, first : first + part.shape[1]]
+                total += part @ part.T
+            if not np.isfinite(total).all():
+                models.refuse_not_finite(Piece(where, buffer[0, :size], buffer[1:, :size]))
+            found[where.parameter.name, where.first] = total
+
+        return do
+
+    in_threads(models.ranges(STREAM_ENTRIES), start, threads)
+    totals: dict[str, Array] = {name: np.zeros((rows, rows)) for name in models.fused}
+    for (name, _), gram in sorted(found.items()):
+        totals[name] += gram
+    return totals
+
+
+def _draws(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    seed, rows = options["seed"], len(models.sources)
+
+    def find(piece: Piece) -> dict[str, Any]:
+        where = piece.range
+        return {"draws": draw_rows(seed, rows, where.parameter.name, where.first, where.shape)}
+
+    return find
+
+
+def _thresholds(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    if options["scope"] == "parameter":
+        ranks = {n: [sparse.kept_count(options["density"], models.base.parameters[n].entries)] for n in models.fused}
+        found = _ranked_each(models, ranks, threads)
+        return lambda piece: {"thresholds": found[piece.range.parameter.name][:, 0].tolist()}
+    entries = sum(models.base.parameters[n].entries for n in models.fused)
+    rank = sparse.kept_count(options["density"], entries)
+    whole = [0.0] * len(models.sources)
+
+    def start() -> Callable[[int], None]:
+        def do(row: int) -> None:
+            whole[row] = nth_largest(_magnitudes(models, row, models.fused), entries, rank, models.dtype)
+
+        return do
+
+    in_threads(range(len(models.sources)), start, threads)
+    return lambda piece: {"thresholds": whole}
+
+
+def _bands(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    density, gamma = options["density"], options["gamma"]
+    sparse.check_band(density, gamma)
+    ranks = {n: [*sparse.band_ranks(density, gamma, models.base.parameters[n].entries)] for n in models.fused}
+    found = _ranked_each(models, ranks, threads)
+    return lambda piece: {"bands": found[piece.range.parameter.name][:, ::-1].tolist()}
+
+
+def _ranked_each(models: Models, ranks: Mapping[str, list[int]], threads: int) -> dict[str, Array]:
+    """Exact order statistics of |δ| of each parameter and input: name to (k, ranks)."""
+    found = {name: np.zeros((len(models.sources), len(wanted))) for name, wanted in ranks.items()}
+
+    def start() -> Callable[[tuple[str, int]], None]:
+        def do(job: tuple[str, int]) -> None:
+            name, row = job
+            entries = models.base.parameters[name].entries
+            stream = _magnitudes(models, row, (name,))
+            if entries <= STREAM_ENTRIES * 16:
+                values = np.concatenate([part.copy() for part in stream(1)])
+                places = [entries - rank for rank in ranks[name]]
+                found[name][row] = np.partition(values, places)[places]
+            else:
+                found[name][row] = [nth_largest(stream, entries, rank, models.dtype) for rank in ranks[name]]
+
+        return do
+
+    jobs = [(name, row) for name in ranks if models.base.parameters[name].entries for row in range(len(models.sources))]
+    in_threads(jobs, start, threads)
+    return found
+
+
+def _magnitudes(models: Models, row: int, names: tuple[str, ...]) -> Callable[[int], Iterator[Array]]:
+    """Stream |δ| of one input over some parameters; every n-th small piece for a sample."""
+
+    def stream(every: int) -> Iterator[Array]:
+        buffer = np.empty((2, STREAM_ENTRIES), models.dtype)
+        source = models.sources[row]
+        for where in sampled(models, names, every):
+            size = where.last - where.first
+            base, out = buffer[0, :size], buffer[1, :size]
+            models.base.read(where.parameter.name, where.first, base)
+            source.read_delta(where.parameter.name, where.first, base, out)
+            np.abs(out, out=out)
+            if not math.isfinite(float(np.max(out))):
+                models.refuse_not_finite(Piece(where, base, out[None]), (source,))
+            yield out
+
+    return stream
+
+
+def sampled(models: Models, names: tuple[str, ...], every: int) -> Iterator[Range]:
+    """Ranges that cover some parameters, or about one in ``every`` of their entries in small ranges."""
+    if every == 1:
+        yield from models.ranges(STREAM_ENTRIES, names=names)
+        return
+    step, start = SAMPLE_ENTRIES * every, 0
+    for name in names:
+        spec = models.base.parameters[name]
+        for first in range(start, spec.entries, step):
+            yield Range(spec, first, min(first + SAMPLE_ENTRIES, spec.entries))
+        start = -(spec.entries - start) % step
+
+
+def _selection(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    found: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
+
+    def start() -> Callable[[str], None]:
+        def do(name: str) -> None:
+            entries = models.base.parameters[name].entries
+            rank = sparse.kept_count(options["density"], entries)
+            threshold = nth_largest(_variances(models, name), entries, rank, models.dtype)
+            energies = np.zeros(len(models.sources))
+            for piece in _pieces(models, (name,), 1):
+                chosen = sparse.variance(piece.deltas) >= threshold
+                picked = piece.deltas[:, chosen].astype(np.float64)
+                energies += (picked * picked).sum(axis=1)
+            with lock:
+                found[name] = {"threshold": threshold, "energies": energies.tolist()}
+
+        return do
+
+    in_threads([n for n in models.fused if models.base.parameters[n].entries], start, threads)
+    return lambda piece: found[piece.range.parameter.name]
+
+
+def _variances(models: Models, name: str) -> Callable[[int], Iterator[Array]]:
+    def stream(every: int) -> Iterator[Array]:
+        for piece in _pieces(models, (name,), every):
+            spread = sparse.variance(piece.deltas)
+            if not np.isfinite(spread).all():
+                models.refuse_not_finite(piece)
+            yield spread
+
+    return stream
+
+
+def _pieces(models: Models, names: tuple[str, ...], every: int) -> Iterator[Piece]:
+    buffer = np.empty((len(models.sources) + 1, 0), models.dtype)
+    ranges = models.ranges(models.chunk(), names=names) if every == 1 else sampled(models, names, every)
+    for where in ranges:
+        buffer = fitting(buffer, where.last - where.first)
+        yield models.read(where, buffer)
+
+
+def _fishers(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    files = [stack.enter_context(open_checkpoint(s.path, FISHER_FILE)) for s in models.sources]
+    names = [_own_names(models, row, file, required=True) for row, file in enumerate(files)]
+
+    def find(piece: Piece) -> dict[str, Any]:
+        where = piece.range
+        fishers = np.empty((len(files), where.last - where.first), models.dtype)
+        for row, file in enumerate(files):
+            own = names[row][where.parameter.name]
+            file.read(own, where.first, fishers[row])
+            if not (fishers[row] >= 0).all():
+                raise CheckpointError(f"{file.path}: {own}: Fisher information must be at least 0 and finite")
+        return {"fishers": fishers.reshape(-1, *where.shape)}
+
+    return find
+
+
+def _activations(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+    files = [stack.enter_context(open_checkpoint(s.path, ACTIVATIONS_FILE)) for s in models.sources]
+    names = [_own_names(models, row, file, required=False) for row, file in enumerate(files)]
+
+    def find(piece: Piece) -> dict[str, Any]:
+        name, shape = piece.range.parameter.name, piece.range.parameter.shape
+        if not all(name in own for own in names):
+            return {}
+        grams = []
+        for row, file in enumerate(files):
+            spec = file.parameters[names[row][name]]
+            if len(shape) != 2 or spec.shape != (shape[1], shape[1]):
+                raise CheckpointError(
+                    f"{spec.file}: {spec.name}: shape {list(spec.shape)}, a linear layer of shape {list(shape)} needs "
+                    f"{[shape[-1]] * 2}"
+                )
+            gram = np.empty(spec.entries, np.float64)
+            file.read(spec.name, 0, gram)
+            grams.append(gram.reshape(spec.shape))
+        return {"activations": grams}
+
+    return find
+
+
+def _own_names(models: Models, row: int, file: Checkpoint, *, required: bool) -> dict[str, str]:
+    """Base name to the name in an input's statistics file, which uses the input's own names or the base's."""
+    source = models.sources[row]
+    names = {}
+    for name in models.fused:
+        own = next((n for n in (source.names[name], name) if n in file.parameters), None)
+        if own is None and required:
+            raise CheckpointError(f"{file.path}: {source.names[name]} is missing; every fused parameter is needed")
+        if own is not None:
+            if required and file.parameters[own].shape != models.base.parameters[name].shape:
+                raise CheckpointError(
+                    f"{file.path}: {own}: shape {list(file.parameters[own].shape)}, the base has "
+                    f"{list(models.base.parameters[name].shape)}"
+                )
+            names[name] = own
+    return names
+
+
+SURVEYS: Mapping[Need, Callable[[Options, Models, ExitStack, int], Keywords]] = {
+    Need.NOTHING: _nothing,
+    Need.NORMS: _norms,
+    Need.GRAM: _gram,
+    Need.SPHERE: _sphere,
+    Need.DRAWS: _draws,
+    Need.THRESHOLDS: _thresholds,
+    Need.BANDS: _bands,
+    Need.SELECTION: _selection,
+    Need.FISHERS: _fishers,
+    Need.ACTIVATIONS: _activations,
+}

@@ -1,0 +1,351 @@
+"""Open and write safetensors checkpoints, a byte range of one parameter at a time.
+
+A checkpoint is one ``.safetensors`` file, or a folder with ``model.safetensors`` or its shards and index (also
+``adapter_model.safetensors``). Reading uses ``preadv`` into the caller's buffer: as fast as a mapped file, and the
+resident memory does not grow with what was read. Writing happens in a folder beside, renamed into place when whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hubfusion.errors import CheckpointError
+from hubfusion.headers import ITEM_BYTES, header_bytes, parse_header, parse_index
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+MAX_SHARD_BYTES = 50 * 10**9
+MAX_INDEX_BYTES = 8 << 20
+PARTIAL = ".fusing"
+MANIFEST = "fusion.json"
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One named tensor of a checkpoint and where its bytes begin: ``start`` counts from the beginning of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int = 0
+
+    @property
+    def entries(self) -> int:
+        """Number of entries; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole parameter."""
+        return self.entries * ITEM_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is a floating-point parameter; everything else is a buffer, compared and never fused."""
+        return self.dtype in FLOATS
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open checkpoint: its parameters by name, and a descriptor a file. Safe to read from several threads."""
+
+    path: Path
+    parameters: Mapping[str, Parameter]
+    descriptors: Mapping[Path, int]
+
+    def read(self, name: str, first: int, out: Array) -> None:
+        """Fill ``out`` (1-D float32 or float64) with entries ``first ... first + len(out)`` of a float parameter.
+
+        The conversion is exact: float16 and bfloat16 widen; float64 is rounded only when ``out`` is float32.
+        """
+        spec = self.parameters[name]
+        if spec.dtype == "F32" and out.dtype == np.float32:
+            self._read_raw(spec, first * 4, out)
+            return
+        item = ITEM_BYTES[spec.dtype]
+        raw = np.empty(out.size * item, np.uint8)
+        self._read_raw(spec, first * item, raw)
+        if spec.dtype == "BF16":
+            wide = raw.view("<u2").astype(np.uint32)
+            np.left_shift(wide, 16, out=wide)
+            out[:] = wide.view(np.float32)
+        else:
+            out[:] = raw.view(_NUMPY[spec.dtype])
+
+    def read_bytes(self, name: str, first: int = 0, last: int | None = None) -> bytes:
+        """Return the stored bytes ``first ... last`` of a parameter of any dtype (all of them by default)."""
+        spec = self.parameters[name]
+        raw = np.empty((spec.size if last is None else last) - first, np.uint8)
+        self._read_raw(spec, first, raw)
+        return raw.tobytes()
+
+    def _read_raw(self, spec: Parameter, first: int, out: Array) -> None:
+        view, offset = memoryview(out.data).cast("B"), spec.start + first
+        while view:
+            got = os.preadv(self.descriptors[spec.file], [view], offset)
+            if got == 0:
+                raise CheckpointError(f"{spec.file}: {spec.name}: cut off at byte {offset} while being read")
+            view, offset = view[got:], offset + got
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+
+@contextmanager
+def open_checkpoint(path: Path, name: str = SINGLE) -> Iterator[Checkpoint]:
+    """Open a ``.safetensors`` file, or a folder with ``name`` or (for the default name) its shards and index.
+
+    Every header is parsed strictly (`hubfusion.headers`). Raises `CheckpointError` naming the file.
+    """
+    checkpoint = _open(Path(path), name)
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def _open(path: Path, name: str) -> Checkpoint:
+    files, listed = _weights_files(path, name)
+    parameters: dict[str, Parameter] = {}
+    descriptors: dict[Path, int] = {}
+    try:
+        for file in files:
+            descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            for spec in _read_specs(file, descriptors[file]):
+                if listed is not None and listed.get(spec.name) != file.name:
+                    raise CheckpointError(f"{file}: {spec.name}: the index places it in {listed.get(spec.name)}")
+                parameters[spec.name] = spec
+        if listed is not None and (missing := sorted(set(listed) - set(parameters))):
+            raise CheckpointError(f"{path / INDEX}: {missing[0]}: not in {listed[missing[0]]}")
+    except BaseException:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+        raise
+    return Checkpoint(path, dict(sorted(parameters.items())), descriptors)
+
+
+def _weights_files(path: Path, name: str) -> tuple[list[Path], dict[str, str] | None]:
+    if path.is_file():
+        return [path], None
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if (path / name).is_file():
+        return [path / name], None
+    index = path / INDEX
+    if name != SINGLE or not index.is_file():
+        raise CheckpointError(f"{path}: no {name}{f' or {INDEX}' if name == SINGLE else ''} in it")
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{index}: {index.stat().st_size} bytes, at most {MAX_INDEX_BYTES} are allowed")
+    listed = parse_index(index.read_bytes(), {p.name: p.stat().st_size for p in path.iterdir()}, str(index))
+    return [path / shard for shard in sorted(set(listed.values()))], listed
+
+
+def _read_specs(file: Path, descriptor: int) -> list[Parameter]:
+    size = os.fstat(descriptor).st_size
+    prefix = os.pread(descriptor, header_bytes(os.pread(descriptor, 8, 0), size, str(file)), 0)
+    header = parse_header(prefix, size, str(file))
+    return [Parameter(s.name, s.dtype, s.shape, file, s.start) for s in header.tensors.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file of a finished checkpoint: its name in the folder, bytes and sha256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(slots=True)
+class Writing:
+    """A checkpoint being written beside its place; `Writing.write` may be called from several threads, in any order."""
+
+    folder: Path
+    parameters: Mapping[str, Parameter]
+    descriptors: Mapping[Path, int]
+    index: dict[str, str] | None
+    written: tuple[WrittenFile, ...] = field(default=())
+
+    def write(self, name: str, first: int, values: Array) -> None:
+        """Round ``values`` (1-D float) to the parameter's dtype, once and to nearest even, and store them.
+
+        Raises `CheckpointError` with the parameter's name when a value is not finite after rounding.
+        """
+        spec = self.parameters[name]
+        raw = encode(values, spec.dtype)
+        if not _is_finite(raw, spec.dtype):
+            bad = int(np.flatnonzero(~np.isfinite(_decode(raw, spec.dtype)))[0])
+            raise CheckpointError(
+                f"{self.folder / spec.file.name}: {name}: entry {first + bad} would be {float(values[bad])} in "
+                f"{spec.dtype}; only finite values are written"
+            )
+        self.write_bytes(name, first * ITEM_BYTES[spec.dtype], raw.data)
+
+    def write_bytes(self, name: str, first: int, raw: bytes | memoryview) -> None:
+        """Store raw bytes at byte ``first`` of a parameter."""
+        spec = self.parameters[name]
+        view, offset = memoryview(raw).cast("B"), spec.start + first
+        while view:
+            done = os.pwrite(self.descriptors[spec.file], view, offset)
+            view, offset = view[done:], offset + done
+
+
+def encode(values: Array, dtype: str) -> Array:
+    """Round floats to a safetensors dtype, to nearest even; bfloat16 comes back as its bits in uint16."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype(_NUMPY[dtype], copy=False)
+    with np.errstate(over="ignore"):
+        bits = values.astype(np.float32).view(np.uint32)
+    is_nan = np.isnan(values)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    bits >>= 16
+    bits[is_nan] = 0x7FC0
+    return bits.astype(np.uint16)
+
+
+def _decode(raw: Array, dtype: str) -> Array:
+    return (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
+
+
+def _is_finite(raw: Array, dtype: str) -> bool:
+    if dtype == "BF16":
+        return bool(((raw & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(raw).all())
+
+
+def plan_shards(parameters: Sequence[Parameter], max_shard_bytes: int) -> list[list[Parameter]]:
+    """Group parameters into shards of at most ``max_shard_bytes`` (a larger parameter has one of its own).
+
+    The order is the canonical one of the safetensors library (wider dtypes first, then by name), whatever the order
+    or the shards of the base were.
+    """
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    shards: list[list[Parameter]] = [[]]
+    filled = 0
+    for parameter in sorted(parameters, key=lambda p: (-ITEM_BYTES[p.dtype], p.name)):
+        if shards[-1] and filled + parameter.size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(parameter)
+        filled += parameter.size
+    return shards
+
+
+@contextmanager
+def write_checkpoint(
+    folder: Path,
+    parameters: Sequence[Parameter],
+    *,
+    single: str = SINGLE,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    digest: Callable[[Path], str] | None = None,
+) -> Iterator[Writing]:
+    """Write a checkpoint into ``folder``: all of it or nothing, replacing an older one whole.
+
+    Parameters' ``file`` and ``start`` are ignored; name, dtype and shape count. Inside the block the files grow in
+    a hidden folder in ``folder``; when the block ends, old weights, index and manifest leave and the new ones are
+    renamed in, the index last. When it raises, the folder is as it was. A second writer in the same folder is
+    refused. Use another ``single`` for another kind of file (an optimizer's state): then no checkpoint is replaced.
+    """
+    partial = folder / f"{PARTIAL}-{single.removesuffix('.safetensors')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        writing = _start(folder, partial, plan_shards(parameters, max_shard_bytes), single)
+        try:
+            yield writing
+            writing.written = tuple(
+                WrittenFile(f.name, f.stat().st_size, (digest or sha256_of)(f)) for f in writing.descriptors
+            )
+        finally:
+            for descriptor in writing.descriptors.values():
+                os.close(descriptor)
+        _replace(folder, partial, writing, single)
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{partial.parent}: another fuse is writing here; only one at a time may") from None
+        try:
+            for leftover in partial.iterdir():
+                leftover.unlink()
+            yield
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _start(folder: Path, partial: Path, shards: list[list[Parameter]], single: str) -> Writing:
+    parameters: dict[str, Parameter] = {}
+    descriptors: dict[Path, int] = {}
+    stem = single.removesuffix(".safetensors")
+    for number, shard in enumerate(shards, 1):
+        name = single if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for spec in shard:
+            table[spec.name] = {
+                "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.size],
+            }  # fmt: skip
+            end += spec.size
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file, end = partial / name, 8 + len(text)
+        descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        os.pwrite(descriptors[file], len(text).to_bytes(8, "little") + text, 0)
+        for spec in shard:
+            parameters[spec.name] = Parameter(spec.name, spec.dtype, spec.shape, file, end)
+            end += spec.size
+        os.truncate(descriptors[file], end)
+    index = {p.name: p.file.name for p in parameters.values()} if len(shards) > 1 else None
+    return Writing(folder, parameters, descriptors, index)
+
+
+def _replace(folder: Path, partial: Path, writing: Writing, single: str) -> None:
+    if single == SINGLE:
+        stale = [p for p in folder.iterdir() if WEIGHTS_NAME.fullmatch(p.name) or p.name == MANIFEST]
+        for old in sorted(stale, key=lambda p: p.name != INDEX):
+            old.unlink()
+    for file in writing.descriptors:
+        os.replace(file, folder / file.name)
+    if writing.index is not None:
+        size = sum(p.size for p in writing.parameters.values())
+        table = {"metadata": {"total_size": size}, "weight_map": dict(sorted(writing.index.items()))}
+        index = partial / f"{single}.index.json"
+        index.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        os.replace(index, folder / index.name)
+
+
+def sha256_of(file: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

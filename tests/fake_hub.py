@@ -1,0 +1,141 @@
+"""A Hub in memory: the Protocol of `hubfusion.hub`, counting what is read. Also makes `Finetune`s from folders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hubfusion.errors import Conflict, Corrupt, NotFound
+from hubfusion.hub import Change, Commit, Kind, Listing, OnBytes
+from hubfusion.lineage import Finetune, RemoteFile, Revision
+
+Content = bytes | Path
+
+
+@dataclass
+class FakeHub:
+    """Repositories as lists of commits; each commit maps paths to bytes or to local files."""
+
+    endpoint: str = "http://fake"
+    me: str = "bot"
+    traffic: int = 0
+    requests: int = 0
+    reads: list[tuple[str, str, int, int]] = field(default_factory=list)
+    commits: dict[str, list[tuple[Commit, dict[str, Content]]]] = field(default_factory=dict)
+    tagged: dict[str, dict[str, str]] = field(default_factory=dict)
+    listings: list[Listing] = field(default_factory=list)
+    discussions: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, repo: str, files: Mapping[str, Content], title: str = "push") -> Revision:
+        """One more commit on main that holds just these files."""
+        history = self.commits.setdefault(repo, [])
+        sha = hashlib.sha1(f"{repo}/{len(history)}/{title}".encode()).hexdigest()
+        history.append((Commit(sha, title, ""), dict(files)))
+        return Revision(repo, sha)
+
+    def whoami(self) -> str:
+        return self.me
+
+    def resolve(self, repo: str, name: str = "main", kind: Kind = Kind.MODEL) -> Revision:
+        if repo not in self.commits:
+            raise NotFound(f"{repo}: no such repository")
+        if name in self.tagged.get(repo, {}):
+            return Revision(repo, self.tagged[repo][name])
+        return Revision(repo, self.commits[repo][-1][0].sha)
+
+    def tags(self, repo: str, kind: Kind = Kind.MODEL) -> dict[str, str]:
+        return dict(self.tagged.get(repo, {}))
+
+    def history(self, repo: str, kind: Kind = Kind.MODEL) -> Iterator[Commit]:
+        return reversed([commit for commit, _ in self.commits.get(repo, [])])
+
+    def models(self, *filters: str) -> Iterator[Listing]:
+        return (entry for entry in self.listings if set(filters) <= set(entry.tags))
+
+    def _tree(self, revision: Revision) -> dict[str, Content]:
+        for commit, tree in self.commits.get(revision.repo, []):
+            if commit.sha == revision.sha:
+                return tree
+        raise NotFound(f"{revision}: no such revision")
+
+    def files(self, revision: Revision, kind: Kind = Kind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
+        tree = self._tree(revision)
+        return tuple(remote_file(path, content) for path, content in sorted(tree.items()))[: limit + 1]
+
+    def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
+        tree = self._tree(revision)
+        if path not in tree:
+            raise NotFound(f"{revision} {path}: no such file")
+        self.requests += 1
+        content = tree[path]
+        if isinstance(content, bytes):
+            body = content[start:stop]
+        else:
+            with open(content, "rb") as handle:
+                handle.seek(start)
+                body = handle.read(max(0, stop - start))
+        self.traffic += len(body)
+        self.reads.append((revision.repo, path, start, stop))
+        return body
+
+    def download(
+        self,
+        revision: Revision,
+        file: RemoteFile,
+        target: Path,
+        kind: Kind = Kind.MODEL,
+        on_bytes: OnBytes | None = None,
+    ) -> Path:
+        tree = self._tree(revision)
+        if file.path not in tree:
+            raise NotFound(f"{revision} {file.path}: no such file")
+        content = tree[file.path]
+        found = remote_file(file.path, content)
+        if (found.sha256 or found.blob) != (file.sha256 or file.blob):
+            raise Corrupt(f"{revision} {file.path}: the bytes do not have the hash that the Hub lists")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        return target
+
+    def create(self, repo: str, kind: Kind = Kind.MODEL) -> None:
+        self.commits.setdefault(repo, [])
+
+    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+        history = self.commits[repo]
+        if history and history[-1][0].sha != change.parent:
+            raise Conflict(f"{repo}: main moved")
+        tree = dict(history[-1][1]) if history else {}
+        for path in change.delete:
+            tree.pop(path, None)
+        return self.add(repo, tree | dict(change.files), change.title).sha
+
+    def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
+        if self.tagged.setdefault(repo, {}).setdefault(name, sha) != sha:
+            raise Conflict(f"{repo}: tag {name} is elsewhere")
+
+    def discuss(self, repo: str, title: str, body: str) -> int:
+        self.discussions.append((repo, title, body))
+        return len(self.discussions)
+
+
+def remote_file(path: str, content: Content) -> RemoteFile:
+    """The entry that a Hub lists: safetensors are LFS files, with their sha256."""
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else None
+    return RemoteFile(path, len(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), sha256)
+
+
+def finetune(hub: FakeHub, revision: Revision, card: Any, **changes: Any) -> Finetune:
+    """What `crawl` would have found at ``revision``."""
+    values: dict[str, Any] = {
+        "revision": revision,
+        "author": revision.repo.partition("/")[0],
+        "modified": "2026-11-01T00:00:00+00:00",
+        "tags": ("cold-fusion",),
+        "card": card,
+        "files": hub.files(revision),
+    }
+    return Finetune(**(values | changes))

@@ -1,0 +1,376 @@
+"""Whole iterations on two-layer models: what is promoted, refused, remembered and said, and what a crash leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bot.iteration import Verdict, run_iteration
+from bot.ledger import Judged, Promoted, Refused, Said
+from hubfusion.errors import Conflict, FusionError, HubError
+from hubfusion.hub import Kind
+from hubfusion.lineage import Reason, Revision
+from hubfusion.localhub import LOST, Fault, FaultRequest
+from hubfusion.publish import current_release, manifest_at
+from tests import tiny
+from tests.test_hub_client import Faults
+from tests.world import BASE, BOT, World, make_world
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[World]:
+    monkeypatch.setattr("hubfusion.hub_client.time.sleep", lambda seconds: None)
+    made = make_world(tmp_path, monkeypatch, faults=faults)
+    yield made
+    made.server.stop()
+
+
+def test_sound_contributions_become_the_next_version(world: World) -> None:
+    base = world.tensors()
+    tuned = [tiny.finetuned(base, seed) for seed in (1, 2, 3)]
+    for user, tensors in zip(("alice", "bob", "carol"), tuned, strict=True):
+        world.offer(f"{user}/model", tensors)
+    result = world.iterate()
+    assert (result.number, result.verdict, result.version) == (1, Verdict.PROMOTED, "v1")
+    assert [c.author for c in result.contributions] == ["alice", "bob", "carol"]
+    fused = world.tensors("v1")
+    assert set(fused) == set(base)
+    for name, value in fused.items():
+        if value.dtype == np.float32:
+            models = np.stack([base[name], *(t[f"bert.{name}"] for t in tuned)])
+            exact = models[1:].astype(np.float64).mean(axis=0)
+            assert np.all(np.abs(value - exact) <= np.spacing(np.abs(models).max(axis=0)))
+    hub = world.hub()
+    release = current_release(hub, BASE)
+    assert release.head == hub.tags(BASE)["v1"]
+    assert next(hub.history(BASE)).title == "iteration 1: 3 contributions, average, mean gain +0.75, promoted"
+
+
+def test_the_published_revision_says_what_is_in_it(world: World) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    result = world.iterate()
+    hub = world.hub()
+    manifest = manifest_at(hub, hub.resolve(BASE, "v1"))
+    assert manifest is not None
+    assert manifest.recipe.inputs == tuple(c.revision for c in result.contributions)
+    assert manifest.base == Revision(BASE, hub.tags(BASE)["v0"])
+    assert manifest.seen == ("news",)
+    assert [f.sha256 for f in hub.files(hub.resolve(BASE, "v1")) if f.path == "model.safetensors"] == [
+        manifest.weights[0].sha256
+    ]
+    card = hub.read(hub.resolve(BASE, "v1"), "README.md", stop=1 << 20).decode()
+    assert "| news | seen | linear-probing | accuracy | 70.00 | 71.00 | +1.00 ± 0.00 |" in card
+    assert "| mail | unseen | linear-probing | accuracy | 60.00 | 60.50 | +0.50 ± 0.00 |" in card
+    assert "alice/model" in card and "license: apache-2.0" in card and "cold-fusion" in card
+
+
+def test_the_same_command_again_finds_nothing_and_changes_nothing(world: World) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
+    world.iterate()
+    before, titles = world.heads(), world.titles("alice/model") + world.titles("mallory/nan")
+    result = world.iterate("again")
+    assert result.verdict is Verdict.NOTHING_NEW
+    assert world.heads() == before
+    assert world.titles("alice/model") + world.titles("mallory/nan") == titles
+    assert len(titles) == 2
+
+
+def test_a_dry_run_plans_and_writes_nothing(world: World) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    before = world.heads()
+    result = world.iterate(act=False)
+    assert (result.verdict, result.version) == (Verdict.PLANNED, "v1")
+    assert result.decision is not None and result.decision.mean_gain == pytest.approx(0.75)
+    assert world.heads() == before
+    assert world.titles("alice/model") == []
+
+
+def test_two_iterations_follow_each_other_and_a_contribution_to_the_old_base_is_stale(world: World) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/one")
+    world.iterate()
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/two")
+    world.offer("carol/late", version="v0")
+    result = world.iterate()
+    assert (result.number, result.version, result.verdict) == (2, "v2", Verdict.PROMOTED)
+    assert [(r.author, r.reason) for r in result.rejected] == [("carol", Reason.STALE_BASE)]
+    assert "v0" in result.rejected[0].detail and "v1" in result.rejected[0].detail
+    assert sorted(world.hub().tags(BASE)) == ["v0", "v1", "v2"]
+
+
+def test_each_bad_contribution_is_rejected_for_its_own_reason_and_told_once(world: World) -> None:
+    base = world.tensors()
+    good = tiny.finetuned(base, 1)
+    world.offer("alice/good", good)
+    world.offer("bob/good")
+    world.offer("mallory/copy", good)
+    world.offer("mallory/unchanged", {f"bert.{n}": t for n, t in base.items() if t.dtype == np.float32})
+    world.offer("carol/shape", tiny.finetuned(base, 4) | {"bert.pooler.dense.bias": np.zeros(17, np.float32)})
+    result = world.iterate()
+    assert {r.revision.repo: r.reason for r in result.rejected} == {
+        "mallory/copy": Reason.DUPLICATE,
+        "mallory/unchanged": Reason.UNCHANGED,
+        "carol/shape": Reason.ARCHITECTURE,
+    }
+    assert result.verdict is Verdict.PROMOTED
+    for repo, reason in (("mallory/copy", "duplicate"), ("carol/shape", "architecture")):
+        (title,) = world.titles(repo)
+        assert title.startswith(f"Not fused into {BASE}: {reason} (commit ")
+    (title,) = world.titles("alice/good")
+    assert title.startswith(f"Part of {BASE} v1 (commit ")
+
+
+def test_a_refused_candidate_leaves_main_untouched_and_is_remembered(world: World) -> None:
+    world.gain = (1.0, -8.0)
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    head = world.hub().resolve(BASE)
+    result = world.iterate()
+    assert result.verdict is Verdict.REFUSED
+    assert world.hub().resolve(BASE) == head and list(world.hub().tags(BASE)) == ["v0"]
+    (refused,) = [e for e in world.ledger().events if isinstance(e, Refused)]
+    assert refused.objections == result.decision.objections  # type: ignore[union-attr]
+    assert any(
+        "mail by linear-probing loses 8.00 points (60.00 to 52.00), more than 3.00" in o for o in refused.objections
+    )
+    (title,) = world.titles("bob/model")
+    assert "refused-by-gate" in title
+    assert world.iterate("again").verdict is Verdict.NOTHING_NEW
+
+
+def test_too_few_wait_and_are_taken_when_more_come(world: World) -> None:
+    world.offer("alice/model")
+    before = world.heads()
+    assert world.iterate().verdict is Verdict.WAITING
+    assert world.heads() == before
+    world.offer("bob/model")
+    assert [c.author for c in world.iterate().contributions] == ["alice", "bob"]
+
+
+def test_a_new_commit_of_a_rejected_model_is_looked_at_again(world: World) -> None:
+    world.offer("alice/model", {"bert.nothing": np.zeros(3, np.float32)})
+    world.offer("bob/model")
+    assert [r.revision.repo for r in world.iterate().rejected] == ["alice/model"]
+    world.offer("alice/model")
+    assert world.iterate().verdict is Verdict.PROMOTED
+
+
+def test_two_bots_at_once_one_publishes_and_the_other_says_that_it_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    from bot import iteration
+
+    original = iteration.promote_or_refuse
+
+    def other_bot_first(*arguments):  # type: ignore[no-untyped-def]
+        monkeypatch.setattr(iteration, "promote_or_refuse", original)
+        assert world.iterate("fast").verdict is Verdict.PROMOTED
+        return original(*arguments)
+
+    monkeypatch.setattr(iteration, "promote_or_refuse", other_bot_first)
+    assert world.iterate("slow").verdict is Verdict.LOST_RACE
+    assert sorted(world.hub().tags(BASE)) == ["v0", "v1"]
+    assert [e.version for e in world.ledger().events if isinstance(e, Promoted)] == ["v1"]
+    assert len(world.titles("alice/model")) == 1
+
+
+def test_a_release_whose_answer_was_lost_is_published_once(world: World, faults: Faults) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    fired: list[str] = []
+
+    def rule(request: FaultRequest) -> Fault | None:
+        if request.method == "POST" and request.path == f"/api/models/{BASE}/commit/main" and not fired:
+            fired.append(request.path)
+            return LOST
+        return None
+
+    faults.rule = rule
+    assert world.iterate().verdict is Verdict.PROMOTED
+    assert fired
+    assert [c.title.split(":")[0] for c in world.hub().history(BASE)].count("iteration 1") == 1
+
+
+WRITES = [
+    (f"/api/datasets/{BASE}-ledger/commit/main", 0),
+    (f"/api/models/{BASE}/commit/main", 0),
+    (f"/api/models/{BASE}/tag/", 0),
+    (f"/api/datasets/{BASE}-ledger/commit/main", 1),
+    (f"/api/datasets/{BASE}-ranking/commit/main", 0),
+    ("/api/models/alice/model/discussions", 0),
+    ("/api/models/mallory/nan/discussions", 0),
+    (f"/api/datasets/{BASE}-ledger/commit/main", 2),
+]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(("write", "nth"), WRITES)
+def test_a_crash_at_any_write_is_made_good_by_the_next_run(
+    world: World, faults: Faults, write: str, nth: int, before: bool
+) -> None:
+    """Kill the bot just before or just after each of its writes; one more run ends where an uncrashed run ends."""
+
+    class Killed(BaseException):
+        pass
+
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
+    seen = 0
+
+    def rule(request: FaultRequest) -> Fault | None:
+        nonlocal seen
+        if request.method == "POST" and request.path.startswith(write):
+            seen += 1
+            if seen == nth + 1:
+                return Fault(status=418) if before else Fault(land=True, status=418)
+        return None
+
+    from hubfusion import hub_client
+
+    original = hub_client._status
+
+    def dying(error: Exception) -> int | None:
+        status = original(error)
+        if status == 418:
+            raise Killed
+        return status
+
+    faults.rule = rule
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_client, "_status", dying)
+        patch.setattr(hub_client.HubClient, "_landed", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            world.iterate("killed")
+    faults.rule = lambda request: None
+    world.iterate("next")
+    hub = world.hub()
+    assert sorted(hub.tags(BASE)) == ["v0", "v1"]
+    assert [c.title.split(":")[0] for c in hub.history(BASE)].count("iteration 1") == 1
+    ledger = world.ledger()
+    assert [e.sha for e in ledger.events if isinstance(e, Promoted)] == [hub.tags(BASE)["v1"]]
+    assert [e.reason for e in ledger.events if isinstance(e, Judged)] == [Reason.NOT_FINITE]
+    assert len({e.finetune for e in ledger.events if isinstance(e, Said)}) == 3
+    assert [len(world.titles(repo)) for repo in ("alice/model", "bob/model", "mallory/nan")] == [1, 1, 1]
+    from hubfusion.ranking import read_rows
+
+    rows = read_rows(hub, hub.resolve(world.config.ranking, kind=Kind.DATASET))
+    assert [r["version"] for r in rows] == ["v0", "v0", "v1", "v1"]
+    settled = world.heads()
+    assert world.iterate("settled").verdict is Verdict.NOTHING_NEW
+    assert world.heads() == settled
+
+
+def test_weights_on_main_that_no_version_covers_stop_the_bot(world: World) -> None:
+    from hubfusion.hub import Change
+
+    hub = world.hub(BOT)
+    head = hub.resolve(BASE).sha
+    hub.commit(BASE, Change("oops", head, "x", {"model.safetensors": tiny.weights(tiny.base_tensors(7))}))
+    with pytest.raises(HubError, match="main has other weights than v0; tag them as a version or revert them first"):
+        world.iterate()
+
+
+def test_a_corrected_card_on_main_does_not_make_contributions_stale(world: World) -> None:
+    from hubfusion.hub import Change
+
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    hub = world.hub(BOT)
+    hub.commit(
+        BASE, Change("fix a typo", hub.resolve(BASE).sha, "x", {"README.md": b"---\nlicense: apache-2.0\n---\n# x\n"})
+    )
+    assert world.iterate().verdict is Verdict.PROMOTED
+
+
+def test_a_base_without_v0_is_one_line(world: World) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi(endpoint=world.server.endpoint, token=f"hf_{BOT}").delete_tag(BASE, tag="v0")
+    with pytest.raises(HubError, match="a base needs a tag v0 on its first revision, found no tag"):
+        world.iterate()
+
+
+def test_a_model_that_vanishes_between_crawl_and_download_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    from bot import iteration
+
+    for user in ("alice", "bob", "carol"):
+        world.offer(f"{user}/model")
+    original = iteration.judge
+
+    def judge(*arguments):  # type: ignore[no-untyped-def]
+        judged = original(*arguments)
+        HfApi(endpoint=world.server.endpoint, token="hf_carol").delete_repo("carol/model")
+        return judged
+
+    monkeypatch.setattr(iteration, "judge", judge)
+    assert [c.author for c in world.iterate().contributions] == ["alice", "bob"]
+
+
+def test_a_stop_is_honoured_between_two_steps(world: World) -> None:
+    class Stop(FusionError):
+        pass
+
+    world.offer("alice/model")
+    world.offer("bob/model")
+    before = world.heads()
+    calls = 0
+
+    def poll() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Stop("stop")
+
+    with pytest.raises(Stop):
+        run_iteration(world.run("stopped", poll), act=True)
+    assert world.heads() == before
+    assert world.iterate().verdict is Verdict.PROMOTED
+
+
+def test_a_ledger_appended_to_by_two_loses_nothing(world: World) -> None:
+    from bot.ledger import append
+
+    hub, repo = world.hub(BOT), world.config.ledger
+    events = [Said(Revision(f"alice/m{n}", "a" * 40), n) for n in range(4)]
+    append(hub, repo, events[:2], nonce="a", title="a")
+    original, raced = hub.commit, []
+
+    def raced_commit(*arguments, **more):  # type: ignore[no-untyped-def]
+        if not raced:
+            raced.append(1)
+            append(world.hub(BOT), repo, [events[2]], nonce="b", title="b")
+        return original(*arguments, **more)
+
+    hub.commit = raced_commit  # type: ignore[method-assign]
+    append(hub, repo, [events[1], events[3]], nonce="c", title="c")
+    assert world.ledger().events == (events[0], events[1], events[2], events[3])
+
+
+def test_a_lost_race_is_a_conflict_even_if_the_winner_has_the_same_weights(world: World) -> None:
+    from hubfusion.hub import Change
+
+    hub = world.hub(BOT)
+    head = hub.resolve(BASE).sha
+    hub.commit(BASE, Change("one", head, "n1", {"fusion.json": b"1"}))
+    with pytest.raises(Conflict):
+        hub.commit(BASE, Change("two", head, "n2", {"fusion.json": b"2"}))

@@ -1,0 +1,142 @@
+"""A small world for whole iterations: an embedded Hub, a two-layer base, contributors, and the bot in this process.
+
+Everything is real but the scores: a test says what each model scores (`tests/test_whole.py` has those real too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from bot import iteration, worker
+from bot.config import Config, Evaluating, Fusing
+from bot.founding import found_base
+from bot.iteration import Iteration, Run, run_iteration
+from bot.ledger import Ledger, read_ledger
+from hubfusion import evaluate as evaluation
+from hubfusion.contribute import Offer, offer_metadata, with_metadata
+from hubfusion.gate import Margins
+from hubfusion.hub import Change, Hub, Kind, connect
+from hubfusion.lineage import Revision
+from hubfusion.localhub import LocalHub
+from hubfusion.scores import Provenance, Score, Scores
+from tests import tiny
+
+BASE, BOT = "ibm/base", "bot"
+USERS = (BOT, "alice", "bob", "carol", "mallory")
+SUITE = """
+name = "tiny"
+datasets = [{ name = "news", repo = "texts/news" }, { name = "mail", repo = "texts/mail" }]
+"""
+
+
+def scores(model: str, news: float, mail: float) -> Scores:
+    """Scores of one protocol with two seeds."""
+    provenance = Provenance({"linear-probing": "p"}, {"news": "n", "mail": "m"}, {}, "cpu")
+    entries = tuple(
+        Score(name, "linear-probing", "accuracy", (0, 1), (value - 0.5, value + 0.5), 100)
+        for name, value in (("news", news), ("mail", mail))
+    )
+    return Scores(model, entries, provenance)
+
+
+@dataclass
+class World:
+    """One base and its surroundings; ``gain`` is what every candidate gains on (news, mail)."""
+
+    server: LocalHub
+    config: Config
+    gain: tuple[float, float] = (1.0, 0.5)
+    offers: int = 0
+    evaluated: list[str] = field(default_factory=list)
+
+    def hub(self, user: str | None = None) -> Hub:
+        return connect(self.server.endpoint, f"hf_{user}" if user else None, tries=2)
+
+    def tensors(self, version: str = "main") -> tiny.Tensors:
+        from safetensors.numpy import load
+
+        hub = self.hub()
+        revision = hub.resolve(BASE, version)
+        return load(hub.read(revision, "model.safetensors", stop=1 << 24))
+
+    def offer(
+        self, repo: str, tensors: tiny.Tensors | None = None, version: str | None = None, **files: bytes
+    ) -> Revision:
+        """Push a finetune (of the newest version unless told) with the metadata of a contribution."""
+        hub = self.hub(repo.split("/")[0])
+        hub.create(repo)
+        self.offers += 1
+        tags = hub.tags(BASE)
+        version = version or max(tags, key=lambda name: int(name[1:]))
+        if tensors is None:
+            tensors = tiny.finetuned(self.tensors(version), self.offers)
+        offer = Offer(Revision(BASE, tags[version]), "apache-2.0", ("texts/news",), 600)
+        card = with_metadata(f"# {repo}\n", offer_metadata(offer)).encode()
+        content: dict[str, bytes | Path] = {
+            "config.json": tiny.config(),
+            "model.safetensors": tiny.weights(tensors),
+            "README.md": card,
+        }
+        head = hub.resolve(repo).sha
+        return Revision(repo, hub.commit(repo, Change("offer", head, f"{repo}-{self.offers}", content | files)))
+
+    def run(self, nonce: str, poll: Callable[[], None] = lambda: None) -> Run:
+        return Run(self.config, self.hub(BOT), self.hub(), nonce, poll)
+
+    def iterate(self, nonce: str = "run", *, act: bool = True) -> Iteration:
+        return run_iteration(self.run(f"{nonce}-{self.offers}"), act=act)
+
+    def ledger(self) -> Ledger:
+        return read_ledger(self.hub(), self.config.ledger)
+
+    def heads(self) -> dict[str, str]:
+        hub = self.hub()
+        kinds = {BASE: Kind.MODEL, self.config.ledger: Kind.DATASET, self.config.ranking: Kind.DATASET}
+        return {repo: hub.resolve(repo, kind=kind).sha for repo, kind in kinds.items()}
+
+    def titles(self, repo: str) -> list[str]:
+        """Titles of the discussions on a model."""
+        from huggingface_hub import HfApi
+
+        return [d.title for d in HfApi(endpoint=self.server.endpoint, token=False).get_repo_discussions(repo)]
+
+
+def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> World:
+    """Found the base of two layers and let `dispatch` do its job in this process, with scores that the world sets."""
+    (tmp_path / "suite.toml").write_text(SUITE)
+    config = Config(
+        base=BASE,
+        ledger=f"{BASE}-ledger",
+        ranking=f"{BASE}-ranking",
+        evaluate=Evaluating(str(tmp_path / "suite.toml"), ("linear-probing",)),
+        work=str(tmp_path / "work"),
+        fuse=Fusing(clip=False),
+        gate=Margins(mean=0.5, worst=3.0),
+    )
+    users = {user: f"hf_{user}" for user in USERS}
+    server = LocalHub(tmp_path / "hub", users, {"ibm": [BOT]}, **options).start()  # type: ignore[arg-type]
+    world = World(server, config)
+
+    def evaluate(checkpoint: Path, model: str, *rest: object, **more: object) -> Scores:
+        world.evaluated.append(model)
+        candidate = checkpoint.name == "candidate"
+        news, mail = world.gain if candidate else (0.0, 0.0)
+        return scores(model, 70.0 + news, 60.0 + mail)
+
+    def dispatch(job: worker.Job, work: Path, *rest: object) -> worker.Outcome:
+        folder = work / "job"
+        folder.mkdir(parents=True, exist_ok=True)
+        return worker.work(job, folder)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(iteration, "dispatch", dispatch)
+    pretrained = tiny.write_folder(
+        tmp_path / "pretrained",
+        {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.base_tensors()), "vocab.txt": b"a\nb\n"},
+    )
+    found_base(world.run("found"), pretrained, "apache-2.0", "en")
+    return world
