@@ -51,8 +51,8 @@ def cut_model(source: Path, target: Path, layers: int) -> None:
 class Task:
     """Texts of one task as token ids, tokenized once."""
 
-    def __init__(self, folder: Path, tokenizer: Any, most: int = 2000) -> None:
-        table = pq.read_table(folder / "train.parquet").slice(0, most)
+    def __init__(self, folder: Path, tokenizer: Any, most: int = 2000, split: str = "train") -> None:
+        table = pq.read_table(folder / f"{split}.parquet").slice(0, most)
         self.name = folder.name
         self.labels = np.asarray(table["label"])
         texts = [t[:300] for t in table["text"].to_pylist()]
@@ -61,13 +61,18 @@ class Task:
         self.ids = np.where(self.ids < WORDS, self.ids, tokenizer.unk_token_id)
 
 
-def train(base: Path, task: Task, target: Path, *, examples: int, rate: float, seed: int) -> None:
+def load(folder: Path) -> BertModel:
+    """The encoder in a folder."""
+    model = BertModel(BertConfig.from_pretrained(folder))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return model
+
+
+def train(base: Path, task: Any, target: Path, *, examples: int, rate: float, seed: int) -> None:
     """Finetune encoder and a linear head; saved as BertForSequenceClassification would be."""
     torch.manual_seed(seed)
-    config = BertConfig.from_pretrained(base)
-    model = BertModel(config)
-    model.load_state_dict(load_file(base / "model.safetensors"), strict=False)
-    head = torch.nn.Linear(config.hidden_size, int(task.labels.max()) + 1)
+    model = load(base)
+    head = torch.nn.Linear(model.config.hidden_size, int(task.labels.max()) + 1)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=rate)
     order = np.random.default_rng(seed).permutation(len(task.labels))[:examples]
     steps = max(1, len(order) // BATCH)

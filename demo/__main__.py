@@ -31,9 +31,9 @@ STARTED = time.monotonic()
 # Nobody trains on friends: it is the unseen dataset.
 HONEST = (
     ("alice", "newsgroups"),
-    ("bob", "reuters-r8"),
-    ("carol", "election-tweets"),
-    ("dave", "reuters-r52"),
+    ("bob", "reuters_r8"),
+    ("carol", "election_tweets"),
+    ("dave", "reuters_r52"),
     ("erin", "newsgroups"),
 )
 EXAMPLES = 320

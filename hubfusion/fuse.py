@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ import numpy as np
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.lineage import Option, Recipe
 from hubfusion.methods import METHODS, Method
+from hubfusion.outer import OUTERS, Stepping, open_stepping
 from hubfusion.streaming import BLOCK, THREADS, Models, Piece, Range, fitting, in_threads, open_models
 from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
 
+DEVICE_ENTRIES = 1 << 23
+ON_DEVICE = ("base", "draws", "fishers")
 KIND_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 log = logging.getLogger(__name__)
@@ -43,19 +46,17 @@ class Plan:
     method: str = "average"
     options: tuple[tuple[str, Option], ...] = ()
     scale: float = 1.0
+    outer: str = "plain"
+    outer_options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse unknown methods, options, and numbers that are not finite."""
         if self.method not in METHODS:
             raise RecipeError(f"method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
-        known = METHODS[self.method].options
-        for name, value in self.options:
-            if name not in known:
-                allowed = ", ".join(sorted(known)) or "none"
-                raise RecipeError(f"{self.method}: unknown option {name!r}, allowed are {allowed}")
-            kind = type(known[name])
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise RecipeError(f"{self.method}: {name} must be {KIND_WORDS[kind]}, got {value!r:.60}")
+        if self.outer not in OUTERS:
+            raise RecipeError(f"outer must be one of {', '.join(sorted(OUTERS))}, got {self.outer!r}")
+        _check_options(self.method, METHODS[self.method].options, self.options)
+        _check_options(self.outer, OUTERS[self.outer].options, self.outer_options)
         if len(self.coefficients) != len(self.labels):
             raise RecipeError(f"one coefficient per input, got {len(self.coefficients)} for {len(self.labels)} inputs")
         for number in (*self.coefficients, self.scale):
@@ -66,7 +67,8 @@ class Plan:
     def of(cls, recipe: Recipe) -> Plan:
         """Return the plan of a lineage recipe: labels are ``owner/name@sha``."""
         labels = tuple(f"{r.repo}@{r.sha}" for r in recipe.inputs)
-        return cls(labels, recipe.coefficients, recipe.method, recipe.options, recipe.scale)
+        outer = (recipe.outer, recipe.outer_options)
+        return cls(labels, recipe.coefficients, recipe.method, recipe.options, recipe.scale, *outer)
 
     @property
     def order(self) -> list[int]:
@@ -74,10 +76,25 @@ class Plan:
         return sorted(range(len(self.labels)), key=lambda i: (self.labels[i], self.coefficients[i]))
 
 
+def _check_options(where: str, known: Mapping[str, Option], options: Sequence[tuple[str, Option]]) -> None:
+    for name, value in options:
+        if name not in known:
+            allowed = ", ".join(sorted(known)) or "none"
+            raise RecipeError(f"{where}: unknown option {name!r}, allowed are {allowed}")
+        kind = type(known[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise RecipeError(f"{where}: {name} must be {KIND_WORDS[kind]}, got {value!r:.60}")
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the work is done: none of it changes a byte of the result."""
+    """How the work is done: on the CPU none of it changes a byte of the result.
 
+    ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
+    there, a piece at a time, with the device's own rounding of sums and products.
+    """
+
+    device: str | None = None
     threads: int = THREADS
     chunk: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -115,15 +132,17 @@ def fuse(
     inputs: Sequence[Path],
     out: Path,
     *,
+    state: Path | None = None,
     settings: Settings | None = None,
     on_event: Listener | None = None,
 ) -> Fused:
     """Fuse ``inputs`` (in the recipe's order) into ``base`` and write the weights to the folder ``out``.
 
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
-    pooler), task heads and integer buffers are the base's own. ``on_event`` gets a `Progress` after each piece, from
-    the thread that did it. Raises `CheckpointError` for files that do not fit or values that are not finite and
-    `RecipeError` for options; then ``out`` is as it was before.
+    pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
+    optimizer's last state (None: the first iteration); the next one is written beside the weights.
+    ``on_event`` gets a `Progress` after each piece, from the thread that did it. Raises `CheckpointError` for files
+    that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
     plan = Plan.of(recipe) if isinstance(recipe, Recipe) else recipe
     settings = settings or Settings()
@@ -136,15 +155,19 @@ def fuse(
         models = stack.enter_context(open_models(base, [inputs[i] for i in order]))
         keywords = survey(plan.method, dict(plan.options), models, stack, settings.threads)
         specs = list(models.base.parameters.values())
-        with write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes) as writing:
-            work = _Work(plan, models, writing, keywords, on_event)
+        steps = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
+        with (
+            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes) as writing,
+            open_stepping(plan.outer, dict(plan.outer_options), state, out, steps) as stepping,
+        ):
+            work = _Work(plan, models, writing, stepping, keywords, settings.device, on_event)
             work.copy_kept()
-            ranges = models.ranges(settings.chunk or models.chunk(), METHODS[plan.method].unit)
-            in_threads(ranges, work.start, settings.threads)
+            entries = settings.chunk or (models.chunk() if settings.device is None else DEVICE_ENTRIES)
+            in_threads(models.ranges(entries, METHODS[plan.method].unit), work.start, settings.threads)
         norms = work.norms()
         back = np.argsort(order)
         fused = Fused(
-            writing.written,
+            (*writing.written, *stepping.written),
             tuple(norms[i] for i in back),
             models.fused,
             models.kept,
@@ -173,9 +196,17 @@ class _Work:
     """One fuse in progress: what its threads share."""
 
     def __init__(
-        self, plan: Plan, models: Models, writing: Writing, keywords: Keywords, on_event: Listener | None
+        self,
+        plan: Plan,
+        models: Models,
+        writing: Writing,
+        stepping: Stepping,
+        keywords: Keywords,
+        device: str | None,
+        on_event: Listener | None,
     ) -> None:
         self.models, self.writing, self.keywords, self.on_event = models, writing, keywords, on_event
+        self.stepping, self.device = stepping, device
         self.method: Method = METHODS[plan.method]
         self.options: Mapping[str, Any] = dict(plan.options)
         self.scale = plan.scale
@@ -195,14 +226,30 @@ class _Work:
             piece = self.models.read(where, buffer)
             self._check(piece)
             deltas = piece.deltas.reshape(-1, *where.shape)
-            delta = self.method.function(deltas, self.coefficients, **self.options, **self.keywords(piece)).reshape(-1)
+            delta = self.apply(deltas, self.keywords(piece)).reshape(-1)
             if self.scale != 1.0:
                 delta *= self.scale
+            delta = self.stepping.step(where.parameter.name, where.first, piece.base, delta)
             delta += piece.base
             self.writing.write(where.parameter.name, where.first, delta)
             self._tell(piece)
 
         return do
+
+    def apply(self, deltas: Array, keywords: Mapping[str, Any]) -> Array:
+        """Apply the method to the deltas of a piece, in numpy or on the device."""
+        if self.device is None:
+            result: Array = self.method.function(deltas, self.coefficients, **self.options, **keywords)
+            return result
+        import torch  # only here: a fuse on the CPU must not pay for the import
+
+        def move(value: Array) -> Any:
+            wide = value.astype(np.int32) if value.dtype == np.uint16 else value
+            return torch.from_numpy(np.array(wide)).to(self.device)
+
+        moved = {n: move(v) if n in ON_DEVICE else v for n, v in keywords.items()}
+        fused = self.method.function(move(deltas), self.coefficients, **self.options, **moved)
+        return np.asarray(fused.cpu().numpy())
 
     def _check(self, piece: Piece) -> None:
         """Keep the squared norm of every delta; one that is not finite names its file."""

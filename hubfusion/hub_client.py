@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 LONGEST_WAIT = 60.0
+WARNINGS = {"suspicious", "unsafe"}
 RETRIED = {408, 429, 500, 502, 503, 504}
 LISTED = ["sha", "lastModified", "tags", "gated"]
 _hosts: set[str] = set()
@@ -110,6 +111,15 @@ class HubClient:
             for e in tree
             if isinstance(e, RepoFile)
         )
+
+    def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
+        """See `Hub.flagged`."""
+        found = self._ask(
+            f"scans of {revision}",
+            lambda: self._api.get_paths_info(revision.repo, list(paths), revision=revision.sha, expand=True),
+        )
+        scans = {e.path: str(e.security.status) for e in found if isinstance(e, RepoFile) and e.security}
+        return {path: status for path, status in scans.items() if status in WARNINGS}
 
     def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
         """See `Hub.read`."""

@@ -140,7 +140,8 @@ class Recipe:
 
     ``inputs`` and ``coefficients`` have one length k; coefficients are relative (1, 1, 1 is uniform) and each method
     says how it normalises them. ``options`` are sorted keywords of the method, ``scale`` is λ, applied once to the
-    fused delta.
+    fused delta. ``outer`` names the outer optimizer that turns the fused delta into the step, with its own options;
+    its state is read from the base's revision.
     """
 
     base: Revision
@@ -149,6 +150,8 @@ class Recipe:
     method: str = "average"
     options: tuple[tuple[str, Option], ...] = ()
     scale: float = 1.0
+    outer: str = "plain"
+    outer_options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse recipes that no method could follow."""

@@ -36,15 +36,17 @@ class _Bracket:
 
 
 def nth_largest(
-    stream: Stream, entries: int, rank: int, dtype: type[np.floating[Any]] = np.float32, max_held: int = MAX_HELD
+    stream: Stream, entries: int, rank: int, dtype: type[np.floating[Any]] = np.float32, max_held: int | None = None
 ) -> float:
     """Return the ``rank``-th largest (1 is the largest) of ``entries`` non-negative finite numbers, exactly.
 
     ``stream(every)`` yields them in arrays of ``dtype`` that may be overwritten between steps, or about one in
-    ``every`` of them when that is larger than 1; it is called again for each pass. At most ``max_held`` are held.
+    ``every`` of them when that is larger than 1; it is called again for each pass. At most ``max_held``
+    (default `MAX_HELD`) are held.
     """
     if not 1 <= rank <= entries:
         raise ValueError(f"rank must be in [1, {entries}], got {rank}")
+    max_held = max_held or MAX_HELD
     known = (0.0, math.inf)
     low, high = known
     every = max(1, entries // max_held)

@@ -124,6 +124,11 @@ class Models:
         """Parameters and buffers of the base that are not fused: copied as they are."""
         return tuple(sorted(set(self.base.parameters) - set(self.fused)))
 
+    @property
+    def state_dtype(self) -> str:
+        """The safetensors dtype of what is kept at working precision."""
+        return "F64" if self.dtype is np.float64 else "F32"
+
     def ranges(self, entries: int, unit: Unit = Unit.ENTRIES, names: Sequence[str] | None = None) -> Iterator[Range]:
         """Split the fused parameters, in order of their names, into ranges of at most about ``entries`` entries.
 

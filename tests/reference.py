@@ -138,9 +138,11 @@ def geometric_median(deltas, alphas):
     """Minimise the sum of distances by plain Weiszfeld steps in the full space, very many of them."""
     deltas = clip(deltas)
     z = average(deltas, alphas)
-    for _ in range(20_000):
+    for _ in range(2000):
         pulls = [a / max(1e-12, np.linalg.norm(z - d)) for a, d in zip(alphas, deltas, strict=True)]
-        z = average(deltas, pulls)
+        z, before = average(deltas, pulls), z
+        if np.linalg.norm(z - before) < 1e-10 * np.linalg.norm(z):
+            break
     return z
 
 

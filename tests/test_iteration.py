@@ -276,6 +276,15 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(
     assert world.heads() == settled
 
 
+def test_an_iteration_leaves_no_weights_on_the_disk(world: World) -> None:
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    world.iterate(act=False)
+    assert list(Path(world.config.work).rglob("*.safetensors"))
+    world.iterate()
+    assert not list(Path(world.config.work).rglob("*.safetensors"))
+
+
 def test_weights_on_main_that_no_version_covers_stop_the_bot(world: World) -> None:
     from hubfusion.hub import Change
 

@@ -76,7 +76,7 @@ def elect(where: str, deltas: Iterable[Array], coefficients: Sequence[float], si
     for delta, coefficient in zip(deltas, coefficients, strict=True):
         if coefficient != 1.0:
             delta *= float(coefficient)
-        weight = 1 if equal else abs(float(coefficient))
+        weight = None if equal else abs(float(coefficient))
         rise = _clip_low(delta)
         delta -= rise
         rises, falls = _votes(rise > 0, delta < 0, weight)
@@ -105,16 +105,16 @@ def _clip_low(values: Array) -> Array:
     return np.maximum(values, 0) if isinstance(values, np.ndarray | np.generic) else namespace(values).clip(values, 0)
 
 
-def _votes(rises: Array, falls: Array, weight: float) -> tuple[Array, Array]:
+def _votes(rises: Array, falls: Array, weight: float | None) -> tuple[Array, Array]:
     """Votes as weights: whole numbers when all inputs weigh the same (a byte each), else floats."""
     xp = namespace(rises)
-    if weight == 1:
+    if weight is None:
         return xp.astype(rises, xp.int16), xp.astype(falls, xp.int16)
     return xp.astype(rises, xp.float32) * weight, xp.astype(falls, xp.float32) * weight
 
 
-def _balance(rises: Array, falls: Array, weight: float) -> Array:
-    return (rises - falls) / weight
+def _balance(rises: Array, falls: Array, weight: float | None) -> Array:
+    return (rises - falls) / (weight or 1.0)
 
 
 def _positive(weights: Array, unit: float) -> Array:
