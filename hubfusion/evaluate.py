@@ -108,7 +108,11 @@ def evaluate(
     missing = [u for u in units if u.key not in results]
     log.info("evaluate %s: %d units, %d in the store", model, len(units), len(results))
     if missing:
+<<<<<<< HEAD
         from hubfusion.measure import measure_units
+=======
+        from hubfusion.units import measure_units
+>>>>>>> eval
 
         for unit, result in measure_units(checkpoint, missing):
             write_result(store, unit, result)
