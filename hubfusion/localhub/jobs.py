@@ -148,11 +148,7 @@ class Jobs:
                 "message": None,
             }
             environment = {
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-                "LANG": "C.UTF-8",
-                "HOME": str(folder / "work"),
-                "HF_HOME": str(folder / "work" / ".cache"),
-                "HF_ENDPOINT": self._hub.endpoint,
+                **self._own_environment(folder / "work"),
                 "JOB_ID": key,
                 **extra,
                 **spec["environment"],
@@ -175,6 +171,16 @@ class Jobs:
             self._save(job | {"stage": "RUNNING", "started": now, "finished": None})
         threading.Thread(target=self._follow, args=(key, process, spec["timeout"]), daemon=True).start()
         return job | {"stage": "RUNNING", "started": now, "finished": None}
+
+    def _own_environment(self, home: Path) -> dict[str, str]:
+        """What every job finds; of the Hub's own environment only PATH, behind this Python's programs."""
+        return {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "LANG": "C.UTF-8",
+            "HOME": str(home),
+            "HF_HOME": str(home / ".cache"),
+            "HF_ENDPOINT": self._hub.endpoint,
+        }
 
     def _follow(self, key: str, process: subprocess.Popen[bytes], seconds: float) -> None:
         timer = threading.Timer(seconds, self.cancel, (key, f"timeout after {seconds} s", "ERROR"))

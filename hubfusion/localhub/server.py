@@ -89,14 +89,16 @@ class LocalHub:
             http="h11",
             ws="none",
             server_header=False,
+            date_header=False,
         )
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
 
     @property
     def endpoint(self) -> str:
-        """The URL for `HF_ENDPOINT` and `HfApi(endpoint=...)`."""
+        """The URL for `HF_ENDPOINT` and `HfApi(endpoint=...)` on this machine."""
         host, port = self._socket.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def git_dir(self, repo_id: str, repo_type: str = "model") -> Path:
