@@ -36,8 +36,8 @@ HONEST = (
     ("dave", "reuters_r52"),
     ("erin", "newsgroups"),
 )
-EXAMPLES = 320
-QUICK = "--epochs 1 --batch-size 16 --max-length 64 --test-examples 100"
+EXAMPLES = 256
+QUICK = "--epochs 1 --batch-size 16 --max-length 48 --test-examples 100"
 
 
 @dataclass(frozen=True, slots=True)
