@@ -16,6 +16,7 @@ from rich.text import Text
 
 from bot.ledger import Judged, Ledger, read_ledger
 from demo.place import BASE, Place
+from hubfusion.card import visible
 from hubfusion.errors import FusionError
 from hubfusion.hub import Hub
 from hubfusion.lineage import Revision
@@ -168,7 +169,7 @@ def final_table(place: Place) -> None:
     reasons = Table("rejected", "reason", "detail", box=None, pad_edge=False)
     for event in ledger.events:
         if isinstance(event, Judged):
-            reasons.add_row(Text(event.finetune.repo), event.reason, Text(event.detail))
+            reasons.add_row(Text(event.finetune.repo), event.reason, Text(visible(event.detail)))
     console.print(reasons)
     newest = ledger.promotions[-1].version if ledger.promotions else "v0"
     print("\nfrom transformers import AutoModel, AutoTokenizer")

@@ -24,7 +24,9 @@ def run(application: typer.Typer, argv: list[str] | None = None) -> NoReturn:
     try:
         application(args=argv)
     except FusionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What a stranger wrote may be in the message; nothing in it may act on a terminal.
+        shown = "".join(c if c.isprintable() else "?" for c in str(error))
+        print(f"error: {shown}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
