@@ -193,9 +193,8 @@ def _read_low_rank(
         return values.reshape(spec.shape)
 
     is_embedding = "lora_embedding_A" in found
-    down, up = (
-        (read("lora_embedding_A"), read("lora_embedding_B")) if is_embedding else (read("lora_A"), read("lora_B"))
-    )
+    infix = "embedding_" if is_embedding else ""
+    down, up = read(f"lora_{infix}A"), read(f"lora_{infix}B")
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         raise CheckpointError(f"{path / WEIGHTS}: {module}: A {down.shape} and B {up.shape} are no low-rank pair")
     scale = _scale(path, config, module, down.shape[0])
@@ -206,9 +205,7 @@ def _read_low_rank(
     magnitude = None
     if config.get("use_dora"):
         if is_transposed:
-            raise CheckpointError(
-                f"{path}: {module}: DoRA on embeddings or Conv1D is not fused; merge it with peft first"
-            )
+            raise CheckpointError(f"{path}: {module}: DoRA on embeddings or Conv1D: merge it with peft first")
         magnitude = read("lora_magnitude_vector").reshape(-1)
     return LowRank(up * scale, down, magnitude, is_transposed)
 
@@ -232,6 +229,8 @@ def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> flo
 def _pattern(patterns: Any, module: str, default: Any) -> Any:
     """The first pattern that a module's name ends with, as peft reads them: plain names, never a stranger's regex."""
     for pattern, value in (patterns or {}).items():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise CheckpointError(f"{CONFIG}: pattern {pattern!r:.60}: only plain module names can be fused")
         if module == pattern or module.endswith(f".{pattern}"):
             return value
     return default

@@ -124,6 +124,7 @@ def change(folder: Path, **fields) -> None:
         ({"bias": "all"}, "bias 'all': only 'none' can be fused exactly"),
         ({"r": 5}, "r is 5, its matrices have 4"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number, got '8'"),
+        ({"alpha_pattern": {"query|value": 3}}, r"pattern 'query\|value': only plain module names"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],
 )
