@@ -91,21 +91,37 @@ def _fingerprint(dataset: Dataset) -> str:
 
 
 def _local_file(dataset: Dataset, split: str) -> Path:
+    if dataset.hold_out and Path(dataset.repo).suffix in FORMATS:
+        return Path(dataset.repo)
     for suffix in FORMATS:
         if (path := Path(dataset.repo) / f"{split}{suffix}").is_file():
             return path
     raise EvaluationError(f"dataset {dataset.name}: {dataset.repo} has no {split} with one of {', '.join(FORMATS)}")
 
 
-def _read_local(dataset: Dataset) -> Mapping[str, Any]:
-    import datasets
+def _read_file(path: Path) -> Any:
     import pyarrow.csv
     import pyarrow.json
     import pyarrow.parquet
 
     readers = {".parquet": pyarrow.parquet.read_table, ".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json}
-    files = {split: _local_file(dataset, split) for split in dataset.splits}
-    return {split: datasets.Dataset(readers[path.suffix](path)) for split, path in files.items()}
+    if path.suffix not in readers:
+        raise EvaluationError(f"{path}: must be one of {', '.join(FORMATS)}")
+    try:
+        return readers[path.suffix](path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are both
+        raise EvaluationError(f"{path}: {_first_line(error)}") from None
+
+
+def count_rows(path: Path) -> int:
+    """Number of examples in a local parquet, CSV or JSON lines file."""
+    return int(_read_file(path).num_rows)
+
+
+def _read_local(dataset: Dataset) -> Mapping[str, Any]:
+    import datasets
+
+    return {split: datasets.Dataset(_read_file(_local_file(dataset, split))) for split in dataset.splits}
 
 
 def load(dataset: Dataset, sha: str | None = None) -> Data:

@@ -7,6 +7,7 @@ missing, so a second call answers in the time it takes to read a few files.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -22,6 +23,7 @@ from hubfusion.scores import Provenance, Score, Scores
 from hubfusion.suite import Dataset, Suite
 
 log = logging.getLogger(__name__)
+CONTENT = ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,18 @@ class Evaluated:
     stored: bool
     done: int
     total: int
+
+
+def content_key(checkpoint: Path) -> str:
+    """``sha256:…`` over the weights, config and tokenizer of a folder: the model key of one that is not on the Hub."""
+    hasher = hashlib.sha256()
+    files = sorted(p for p in checkpoint.iterdir() if p.suffix == ".safetensors" or p.name in CONTENT)
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise EvaluationError(f"{checkpoint}: no safetensors file")
+    for path in files:
+        with path.open("rb") as file:
+            hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def evaluate(
