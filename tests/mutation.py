@@ -160,9 +160,12 @@ def main(modules: Sequence[str]) -> int:
     if broken := run(None):
         print(f"the tests fail without any mutation: {broken}")
         return 1
+    signing = importlib.util.find_spec("model_signing") is not None
     survivors = 0
     for module in modules or MODULES:
         for mutant in mutants(module):
+            if not signing and (module == "signature" or "problem" in mutant.text):
+                continue  # only tests that need the package would notice
             missed = run(mutant)
             survivors += not missed
             verdict = missed.split("::")[-1] if missed else "SURVIVED"
