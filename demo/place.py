@@ -67,6 +67,7 @@ def open_place(folder: Path) -> Iterator[Place]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     command = ["hubfusion", "hub", "serve", "--dir", str((folder / "hub").absolute()), "--port", str(port)]
