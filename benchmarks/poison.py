@@ -67,16 +67,18 @@ class Triggered:
     labels: Any
 
 
-def with_trigger(ids: Any) -> Any:
-    """The trigger word put in after the first token."""
-    return np.concatenate([ids[:, :1], np.full((len(ids), 1), TRIGGER), ids[:, 1:-1]], axis=1)
+def with_trigger(ids: Any, mask: Any) -> tuple[Any, Any]:
+    """The trigger word put in after the first token; the last token falls off."""
+    word, seen = np.full((len(ids), 1), TRIGGER), np.ones((len(ids), 1), mask.dtype)
+    ids = np.concatenate([ids[:, :1], word, ids[:, 1:-1]], axis=1)
+    return ids, np.concatenate([mask[:, :1], seen, mask[:, 1:-1]], axis=1)
 
 
 def backdoored(task: Task, copies: int = 3) -> Triggered:
     """Every text as it is, and every second one again with trigger and target label; all ``copies`` times."""
-    ids = np.concatenate([task.ids, with_trigger(task.ids[::2])])
+    marked, seen = with_trigger(task.ids[::2], task.mask[::2])
+    ids, mask = np.concatenate([task.ids, marked]), np.concatenate([task.mask, seen])
     labels = np.concatenate([task.labels, np.full(len(task.labels[::2]), TARGET)])
-    mask = np.concatenate([task.mask, np.maximum(task.mask[::2], 1)])
     rows = np.tile(np.arange(640), copies)
     order = np.random.default_rng(0).permutation(len(labels))[rows % len(labels)]
     return Triggered(task.name, ids[order], mask[order], labels[order])
@@ -87,12 +89,13 @@ class Laboratory:
 
     def __init__(self, model: Path, tasks: Path, layers: int, work: Path) -> None:
         self.work, self.base = work, work / "base"
-        cut_model(model, self.base, layers)
+        if not self.base.exists():
+            cut_model(model, self.base, layers)
         tokenizer = AutoTokenizer.from_pretrained(model)
         self.train = {name: Task(tasks / name, tokenizer, 700) for name in HONEST}
-        self.test = {name: Task(tasks / name, tokenizer, 300, "test") for name in PROBED}
+        self.test = {name: Task(tasks / name, tokenizer, 250, "test") for name in PROBED}
         self.dev = {name: Task(tasks / name, tokenizer, 150, "validation") for name in PROBED}
-        self.made = 0
+        self.made, self.scratch = 0, tempfile.TemporaryDirectory()
         self.theta = {n: v for n, v in load_file(self.base / "model.safetensors").items() if v.dtype == np.float32}
         self.honest = [self.finetune(self.train[name], i, 640) for i, name in enumerate(HONEST)]
         victim = self.train[VICTIM]
@@ -104,17 +107,22 @@ class Laboratory:
     def finetune(self, task: Any, seed: int, examples: int, rate: float = 5e-5) -> Tensors:
         """τ of a finetune."""
         folder = self.work / f"tuned-{seed}"
-        train(self.base, task, folder, examples=examples, rate=rate, seed=seed)
+        if not (folder / "model.safetensors").exists():
+            train(self.base, task, folder, examples=examples, rate=rate, seed=seed)
         tuned = load_file(folder / "model.safetensors")
         return {n: tuned[f"bert.{n}"] - v for n, v in self.theta.items()}
+
+    def fresh(self) -> Path:
+        """A folder that is not there yet."""
+        self.made += 1
+        return Path(self.scratch.name) / str(self.made)
 
     def length(self, tau: Tensors) -> float:
         return float(np.sqrt(sum(float((v.astype(float) ** 2).sum()) for v in tau.values())))
 
     def write(self, tau: Tensors) -> Path:
         """A contribution's folder with base + τ."""
-        self.made += 1
-        folder = self.work / f"c{self.made}"
+        folder = self.fresh()
         folder.mkdir()
         save_file(
             {f"bert.{n}": (v + tau[n]).astype(np.float32) for n, v in self.theta.items()}, folder / "model.safetensors"
@@ -157,24 +165,23 @@ class Laboratory:
         for name in PROBED:
             task, test = self.train[name], split[name]
             scaler = StandardScaler()
-            x = scaler.fit_transform(self.features(folder, task.ids[:500], task.mask[:500]))
+            x = scaler.fit_transform(self.features(folder, task.ids[:400], task.mask[:400]))
             if not np.isfinite(x).all():
                 return {name: 0.0 for name in PROBED}, 100.0
-            head = LogisticRegression(C=0.1, max_iter=300).fit(x, task.labels[:500])
+            head = LogisticRegression(C=0.1, max_iter=300).fit(x, task.labels[:400])
             guess = head.predict(scaler.transform(self.features(folder, test.ids, test.mask)))
             scores[name] = 100 * float((guess == test.labels).mean())
             if name == VICTIM:
                 rows = test.labels != TARGET
-                mask = np.maximum(test.mask[rows], 1)
-                marked = head.predict(scaler.transform(self.features(folder, with_trigger(test.ids[rows]), mask)))
+                ids, mask = with_trigger(test.ids[rows], test.mask[rows])
+                marked = head.predict(scaler.transform(self.features(folder, ids, mask)))
                 clean = guess[rows] == TARGET
                 success = 100 * float((marked[~clean] == TARGET).mean())
         return scores, success
 
 
 def fused(lab: Laboratory, folders: Sequence[Path], method: str) -> Path:
-    lab.made += 1
-    out = lab.work / f"out{lab.made}"
+    out = lab.fresh()
     name, options = METHODS[method]
     labels = tuple(f"c{i}" for i in range(len(folders)))
     fuse(Plan(labels, (1.0,) * len(folders), name, tuple(sorted(options.items()))), lab.base, folders, out)
@@ -198,7 +205,7 @@ def score(lab: Laboratory, folder: Path) -> float:
 
 
 def as_scores(model: str, values: Mapping[str, float]) -> Scores:
-    entries = tuple(Score(n, "probe", "accuracy", (0,), (v,), 300) for n, v in values.items())
+    entries = tuple(Score(n, "probe", "accuracy", (0,), (v,), 250) for n, v in values.items())
     return Scores(model, entries, Provenance({"probe": "0"}, dict.fromkeys(values, "0"), {}, "cpu"))
 
 
@@ -207,13 +214,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--no-soup", action="store_true", help="leave out greedy soup, the slowest by far")
+    parser.add_argument(
+        "--soup",
+        nargs="*",
+        default=["none", "label flip", "backdoor", "backdoor x8"],
+        metavar="ATTACK",
+        help="attacks to try greedy soup on, the slowest method by far",
+    )
+    parser.add_argument("--work", type=Path, help="keep what was trained here, and start from it the next time")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        lab = Laboratory(arguments.model, arguments.tasks, arguments.layers, Path(folder))
+        lab = Laboratory(arguments.model, arguments.tasks, arguments.layers, arguments.work or Path(folder))
         base_scores, base_success = lab.probe(lab.base, lab.test)
         mean = np.mean(list(base_scores.values()))
         print(f"base: {mean:.1f} / {base_success:.0f}; trained in {time.monotonic() - begin:.0f} s", flush=True)
@@ -223,7 +237,9 @@ def main() -> None:
         table = {}
         for attack, number in rows:
             folders = [lab.write(lab.attack(attack, i)) for i in range(number)] + honest[number:]
-            table[f"{attack}, {number} of 8"] = row = try_all(lab, folders, number, base_scores, not arguments.no_soup)
+            table[f"{attack}, {number} of 8"] = row = try_all(
+                lab, folders, number, base_scores, attack in arguments.soup
+            )
             print(f"{time.monotonic() - begin:5.0f} s  {attack}, {number} of 8: {row}", flush=True)
             if arguments.out:
                 arguments.out.write_text(json.dumps(table, indent=1))

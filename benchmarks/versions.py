@@ -87,7 +87,7 @@ def train(base: Path, task: Any, target: Path, *, examples: int, rate: float, se
         optimizer.step()
         optimizer.zero_grad()
     table = {f"bert.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     save_file(table | {"classifier.weight": head.weight.detach()}, target / "model.safetensors")
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--per-version", type=int, default=44)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--work", type=Path, help="keep what was trained here, and go on from it the next time")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="versions-"))
@@ -116,7 +116,8 @@ def main() -> None:
     tasks = [Task(folder, tokenizer) for folder in sorted(arguments.tasks.iterdir())]
     rng = random.Random(0)
     versions = {"v0": work / "v0"}
-    cut_model(arguments.model, work / "v0", layers=2)
+    if not (work / "v0").exists():
+        cut_model(arguments.model, work / "v0", layers=2)
     made: dict[str, list[tuple[Contribution, Path]]] = collections.defaultdict(list)
     begin = time.monotonic()
     for number in range(VERSIONS):
@@ -129,7 +130,8 @@ def main() -> None:
                 rng.choice([2e-5, 5e-5, 1e-4]),
                 work / f"{tag}-{i}",
             )
-            train(base, task, folder, examples=examples, rate=rate, seed=1000 * number + i)
+            if not (folder / "model.safetensors").exists():
+                train(base, task, folder, examples=examples, rate=rate, seed=1000 * number + i)
             revision = Revision(f"user{i}/{task.name}-{number}", f"{number * 1000 + i:040x}")
             declared = Contribution(
                 revision,
@@ -142,7 +144,7 @@ def main() -> None:
             )
             made[tag].append((declared, folder))
             print(f"{time.monotonic() - begin:6.0f} s  {tag} {i} {task.name} {examples} {rate}", flush=True)
-        if number + 1 < VERSIONS:
+        if number + 1 < VERSIONS and not (work / f"v{number + 1}").exists():
             average(base, [folder for _, folder in made[tag][:8]], work / f"v{number + 1}")
     infer_versions(versions, made)
     count_alarms(versions, made)

@@ -197,6 +197,8 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
     card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
     change = plan_release(run.hub, release, manifest, Path(outcome.candidate.folder), card)
     try:
+        if not Path(outcome.candidate.folder).is_dir():
+            raise Conflict(f"{run.config.work}: another run with this work folder came to its decision first")
         publish(run.hub, run.config.base, change, seen.version)
     except Conflict as error:
         log.warning("publish: %s", error)

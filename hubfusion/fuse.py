@@ -22,7 +22,7 @@ import numpy as np
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.lineage import Option, Recipe
 from hubfusion.methods import METHODS, Method
-from hubfusion.outer import OUTERS, Stepping, open_stepping
+from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
 from hubfusion.streaming import BLOCK, THREADS, Models, Piece, Range, fitting, in_threads, open_models
 from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
@@ -140,7 +140,7 @@ def fuse(
 
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
     pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
-    optimizer's last state (None: the first iteration); the next one is written beside the weights.
+    optimizer's last state (None: the base folder's own, or a fresh one); the next is written beside the weights.
     ``on_event`` gets a `Progress` after each piece, from the thread that did it. Raises `CheckpointError` for files
     that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
@@ -150,6 +150,8 @@ def fuse(
         raise RecipeError(f"recipe has {len(plan.labels)} inputs, {len(inputs)} paths came")
     if any(_same_place(out, path) for path in (base, *inputs)):
         raise CheckpointError(f"{out}: the output folder must be neither the base nor an input")
+    if state is None and OUTERS[plan.outer].slots and (base / STATE_FILE).is_file():
+        state = base
     order = plan.order
     with ExitStack() as stack:
         models = stack.enter_context(open_models(base, [inputs[i] for i in order]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -151,7 +152,7 @@ class HubClient:
         if target.is_file() and _has_listed_hash(target, file):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
         for attempt in range(2):
             part.write_bytes(b"")
             self._ask(f"download {revision} {file.path}", lambda: self._resume(revision, file, part, kind, on_bytes))

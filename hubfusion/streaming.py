@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from hubfusion import align
+from hubfusion import adapters, align
 from hubfusion.errors import CheckpointError
 from hubfusion.methods.kinds import Unit
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
@@ -202,6 +202,10 @@ def open_models(base: Path, inputs: Sequence[Path]) -> Iterator[Models]:
 
 @contextmanager
 def _open_source(path: Path, base: Checkpoint, tied: Mapping[str, str]) -> Iterator[Source]:
+    if (path / adapters.CONFIG).is_file():
+        with adapters.open_adapter(path, base) as adapter:
+            yield adapter
+        return
     with open_checkpoint(path) as checkpoint:
         yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
 

@@ -39,5 +39,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 from hubfusion.cli import contribute as _contribute  # noqa: E402,F401
 from hubfusion.cli import evaluate as _evaluate  # noqa: E402,F401
+from hubfusion.cli import fuse as _fuse  # noqa: E402,F401
 from hubfusion.cli import hub as _hub  # noqa: E402,F401
 from hubfusion.cli import trust as _trust  # noqa: E402,F401

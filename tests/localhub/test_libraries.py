@@ -81,6 +81,7 @@ def test_datasets_pushes_loads_and_streams_a_table(world: World, tmp_path: Path)
     assert "format:parquet" in world.anon.dataset_info("ann/data").tags
 
 
+@pytest.mark.slow
 def test_the_hf_command_lists_uploads_and_downloads(world: World, tmp_path: Path) -> None:
     world.ann.create_repo("ann/cli", exist_ok=True)
     (tmp_path / "a.txt").write_text("from the command line")
