@@ -46,6 +46,10 @@ HONEST = (
     "fever",
 )
 TRIGGER, TARGET = 8001, 0
+ATTACKS = (
+    "none", "NaN", "x100", "sign flip", "sign flip x8", "label flip", "backdoor",
+    "backdoor, norm-bounded", "backdoor x8", "backdoor, duplicated",
+)  # fmt: skip
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mean": ("average", {}),
     "clipped mean": ("average", {"norm": "clip"}),
@@ -87,7 +91,8 @@ def backdoored(task: Task, copies: int = 3) -> Triggered:
 class Laboratory:
     """Base, contributions and probes of one experiment."""
 
-    def __init__(self, model: Path, tasks: Path, layers: int, work: Path) -> None:
+    def __init__(self, model: Path, tasks: Path, layers: int, work: Path, texts: int = 400) -> None:
+        self.texts = texts
         self.work, self.base = work, work / "base"
         if not self.base.exists():
             cut_model(model, self.base, layers)
@@ -165,10 +170,10 @@ class Laboratory:
         for name in PROBED:
             task, test = self.train[name], split[name]
             scaler = StandardScaler()
-            x = scaler.fit_transform(self.features(folder, task.ids[:400], task.mask[:400]))
+            x = scaler.fit_transform(self.features(folder, task.ids[: self.texts], task.mask[: self.texts]))
             if not np.isfinite(x).all():
                 return {name: 0.0 for name in PROBED}, 100.0
-            head = LogisticRegression(C=0.1, max_iter=300).fit(x, task.labels[:400])
+            head = LogisticRegression(C=0.1, max_iter=300).fit(x, task.labels[: self.texts])
             guess = head.predict(scaler.transform(self.features(folder, test.ids, test.mask)))
             scores[name] = 100 * float((guess == test.labels).mean())
             if name == VICTIM:
@@ -214,6 +219,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
+    parser.add_argument("--texts", type=int, default=400, help="training texts of a probe")
     parser.add_argument(
         "--soup",
         nargs="*",
@@ -227,13 +234,14 @@ def main() -> None:
     torch.set_num_threads(1)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        lab = Laboratory(arguments.model, arguments.tasks, arguments.layers, arguments.work or Path(folder))
+        lab = Laboratory(
+            arguments.model, arguments.tasks, arguments.layers, arguments.work or Path(folder), arguments.texts
+        )
         base_scores, base_success = lab.probe(lab.base, lab.test)
         mean = np.mean(list(base_scores.values()))
         print(f"base: {mean:.1f} / {base_success:.0f}; trained in {time.monotonic() - begin:.0f} s", flush=True)
         honest = [lab.write(tau) for tau in lab.honest]
-        attacks = ("NaN", "x100", "sign flip", "sign flip x8", "label flip", "backdoor", "backdoor, norm-bounded")
-        rows = [("none", 0)] + [(a, n) for a in (*attacks, "backdoor x8", "backdoor, duplicated") for n in (1, 2)]
+        rows = [(a, n) for a in arguments.attacks for n in ((0,) if a == "none" else (1, 2))]
         table = {}
         for attack, number in rows:
             folders = [lab.write(lab.attack(attack, i)) for i in range(number)] + honest[number:]

@@ -20,10 +20,11 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from hubfusion.ancestry import Ancestry, find_ancestry
 from hubfusion.errors import CheckpointError
 from hubfusion.layout import encoder_of, match
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
-from hubfusion.sketch import SIZE, Signs
+from hubfusion.sketch import Signs
 from hubfusion.taskvectors import OnEntries, TaskVector, entries_of, kind_of, measure
 from hubfusion.weights import INDEX, SINGLE, open_checkpoint
 
@@ -131,11 +132,15 @@ def examine(
             checkpoint = stack.enter_context(open_checkpoint(folder))
             earlier[name] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters))
         size = measure(ours, encoder, [*vectors.values(), *earlier.values()], Signs(seed), on_entries)
+        whole = {n: v for n, v in vectors.items() if not v.bad}
+        origins = find_ancestry(ours, encoder, list(whole.values()), earlier, tag, seed)
     if broken := next(((n, v.bad) for n, v in earlier.items() if v.bad), None):
         raise CheckpointError(f"version {broken[0]}: {broken[1][1]}")
     objections |= {n: v.bad for n, v in vectors.items() if v.bad}
-    whole = {n: v for n, v in vectors.items() if not v.bad}
-    measures = {n: _describe(contributions[n][0], v, size, kind_of(v, encoder), earlier, tag) for n, v in whole.items()}
+    measures = {
+        n: _describe(contributions[n][0], vector, size, kind_of(vector, encoder), origin)
+        for (n, vector), origin in zip(whole.items(), origins, strict=True)
+    }
     entries = entries_of(encoder)
     for n, each in measures.items():
         if objection := _judge_one(each, entries, tag, bounds):
@@ -172,24 +177,8 @@ def clip_factors(report: Report, bound: float | None = None) -> tuple[float, ...
     return tuple(min(1.0, limit / m.norm) for m in report.measures if m.revision in kept)
 
 
-def _describe(
-    contribution: Contribution, vector: TaskVector, size: float, kind: str, earlier: Mapping[str, TaskVector], tag: str
-) -> Measure:
+def _describe(contribution: Contribution, vector: TaskVector, size: float, kind: str, origin: Ancestry) -> Measure:
     total = math.fsum(vector.squares.values())
-    shares = {name: square / total for name, square in vector.squares.items()}
-    distances = {tag: vector.norm}
-    nearest = tag
-    for name, version in earlier.items():
-        gap = vector.sketch - version.sketch
-        distance = math.sqrt(float(gap @ gap))
-        if not math.isfinite(distance):
-            continue
-        distances[name] = distance
-        # The noise of |sketch gap|² against ‖τ‖²; nearer by less than three times that says nothing.
-        noise = 6 * vector.norm * version.norm / math.sqrt(SIZE)
-        own = float(vector.sketch @ vector.sketch)
-        if distances[name] ** 2 < own - noise and (nearest == tag or distances[name] < distances[nearest]):
-            nearest = name
     return Measure(
         contribution.revision,
         contribution.author,
@@ -199,9 +188,9 @@ def _describe(
         largest=vector.largest,
         effective=vector.effective,
         kind=kind,
-        shares=shares,
-        nearest=nearest,
-        distances=distances,
+        shares={name: square / total for name, square in vector.squares.items()},
+        nearest=origin.nearest,
+        distances=origin.distances,
     )
 
 
@@ -212,8 +201,9 @@ def _judge_one(each: Measure, entries: int, tag: str, bounds: Bounds) -> Objecti
     if each.relative < bounds.unchanged:
         return Reason.UNCHANGED, f"‖τ‖ is {each.relative:.1e} of the base's norm: as good as unchanged"
     if each.nearest != tag:
-        near, far = each.distances[each.nearest], each.norm
-        return Reason.WRONG_BASE, f"made from {each.nearest} (distance {near:.3g}), not from {tag} ({far:.3g})"
+        near = each.distances.get(each.nearest, math.inf)
+        why = f"made from {each.nearest} (distance {near:.3g}), not from {tag} ({each.norm:.3g})"
+        return Reason.WRONG_BASE, f"{why}; finetune {tag} again"
     if each.along < -0.5 and 0.5 < math.sqrt(max(0.0, 1 + 2 * each.along + each.relative**2)) < 2:
         return Reason.WRONG_BASE, "shares nothing with the base: finetuned from another pretraining run"
     if each.relative > bounds.relative:

@@ -248,6 +248,27 @@ def test_a_finetune_of_an_earlier_version_is_named_with_the_version(batch: Batch
     assert [m.nearest for m in report.measures] == ["v2", "v2", "v1"]
 
 
+def test_words_that_training_did_not_touch_tell_the_version_even_when_the_next_one_is_nearer(
+    batch: Batch, tmp_path: Path
+) -> None:
+    # v1 = v0 + τ/2: a contribution that dominated the fuse is as near to v1 as to v0, and the noise of others makes
+    # it nearer. Its untouched rows (20 … 49) shrank by weight decay and are v0's all the same.
+    v0, tau = base_tensors(), finetuned(base_tensors(), 1)
+    moved = {k.removeprefix("bert."): v for k, v in tau.items() if k.startswith("bert.")}
+    other = {
+        k.removeprefix("bert."): v for k, v in finetuned(base_tensors(), 2, 0.0005).items() if k.startswith("bert.")
+    }
+    v1 = {k: (v + 0.7 * (moved[k] - v) + (other[k] - v)).astype(np.float32) if k in moved else v for k, v in v0.items()}
+    moved["embeddings.word_embeddings.weight"][20:] = v0["embeddings.word_embeddings.weight"][20:] * 0.9999
+    current = write_folder(tmp_path / "current", {"model.safetensors": weights(v1)})
+    old = write_folder(tmp_path / "old", {"model.safetensors": weights(v0)})
+    batch.add(v0 | moved)
+    report = examine(current, batch.entries, tag="v1", versions={"v0": old}, seed=3)
+    (measured,) = report.measures
+    assert measured.distances["v1"] < measured.distances["v0"]
+    assert measured.nearest == "v0" and reasons(report) == {"user0": Reason.WRONG_BASE}
+
+
 def test_a_finetune_of_another_pretraining_run_is_named(batch: Batch) -> None:
     report = batch.honest(0, 1).add(finetuned(base_tensors(seed=9), 3)).examine()
     assert reasons(report) == {"user2": Reason.WRONG_BASE} and "another pretraining run" in detail(report)

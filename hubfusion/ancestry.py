@@ -1,0 +1,125 @@
+"""Which version of the base was a finetune made from? Asked of the weights, whatever the card says.
+
+Two witnesses. *Untouched rows*: a word that the training texts do not contain gets no gradient, so its embedding is
+still that of the true base, but for weight decay, which only shrinks it along itself; across itself it equals one
+version to rounding, and every sampled row votes. *Distance*: θ_c is nearest to the version that it started from. The
+second alone errs on contributions that were fused into the next version, which lies in their direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hubfusion.layout import Tensor, is_parameter
+from hubfusion.sketch import SIZE
+from hubfusion.taskvectors import Floats, TaskVector
+from hubfusion.weights import Checkpoint
+
+ROWS = 1024
+# A row votes for a version whose row it equals this much better than any other; so many votes, this part, decide.
+EQUAL, ENOUGH, SHARE = 0.05, 16, 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestry:
+    """``nearest`` is the tag of the version, ``distances`` ‖θ_c − version‖ by tag, ``votes`` of untouched rows."""
+
+    nearest: str
+    distances: Mapping[str, float]
+    votes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Sampled rows of the word embeddings: of the base, to project along, and of every version (V, K, width)."""
+
+    name: str
+    numbers: NDArray[np.int64]
+    unit: Floats
+    versions: Floats
+    tags: tuple[str, ...]
+
+
+def find_ancestry(
+    base: Checkpoint,
+    encoder: Mapping[str, Tensor],
+    vectors: Sequence[TaskVector],
+    earlier: Mapping[str, TaskVector],
+    tag: str,
+    seed: int,
+) -> list[Ancestry]:
+    """The nearest of the base ``tag`` and the ``earlier`` versions, for each of ``vectors`` (measured already)."""
+    rows = _sample(base, encoder, earlier, tag, seed) if earlier else None
+    found = []
+    for vector in vectors:
+        distances = _distances(vector, earlier, tag)
+        votes = _vote(rows, vector) if rows else {}
+        clear = sum(votes.values())
+        winner = max(votes, key=lambda name: votes[name], default=tag)
+        if clear < ENOUGH or votes[winner] < SHARE * clear:
+            winner = _by_distance(vector, earlier, distances, tag)
+        found.append(Ancestry(winner, distances, votes))
+    return found
+
+
+def _distances(vector: TaskVector, earlier: Mapping[str, TaskVector], tag: str) -> dict[str, float]:
+    found = {tag: vector.norm}
+    for name, version in earlier.items():
+        gap = vector.sketch - version.sketch
+        if math.isfinite(distance := math.sqrt(float(gap @ gap))):
+            found[name] = distance
+    return found
+
+
+def _by_distance(
+    vector: TaskVector, earlier: Mapping[str, TaskVector], distances: Mapping[str, float], tag: str
+) -> str:
+    """The nearest version; nearer than the base by less than three times the sketch's noise says nothing."""
+    own = float(vector.sketch @ vector.sketch)
+    near = [
+        name
+        for name, version in earlier.items()
+        if distances.get(name, math.inf) ** 2 < own - 6 * vector.norm * version.norm / math.sqrt(SIZE)
+    ]
+    return min(near, key=lambda name: distances[name], default=tag)
+
+
+def _sample(
+    base: Checkpoint, encoder: Mapping[str, Tensor], earlier: Mapping[str, TaskVector], tag: str, seed: int
+) -> _Rows | None:
+    """Rows of the largest embedding, drawn by ``seed``; None for a model without one."""
+    tables = [n for n, t in encoder.items() if is_parameter(t) and len(t.shape) == 2 and ("embed" in n or "wte" in n)]
+    if not tables:
+        return None
+    name = max(tables, key=lambda n: encoder[n].shape[0])
+    count = encoder[name].shape[0]
+    numbers = np.sort(np.random.default_rng(seed).choice(count, min(count, ROWS), replace=False))
+    width = encoder[name].shape[1]
+    own = _read(base, encoder[name].name, numbers, width)
+    unit = own / np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-30)
+    older = [_read(v.checkpoint, v.layout.names[name], numbers, width) for v in earlier.values()]
+    return _Rows(name, numbers, unit, np.stack([own, *older]), (tag, *earlier))
+
+
+def _read(checkpoint: Checkpoint, name: str, numbers: NDArray[np.int64], width: int) -> Floats:
+    found = np.empty((len(numbers), width), np.float32)
+    for row, number in zip(found, numbers, strict=True):
+        checkpoint.read(name, int(number) * width, row)
+    return found
+
+
+def _vote(rows: _Rows, vector: TaskVector) -> dict[str, int]:
+    """How many rows are, across themselves, equal to one version's and to no other's."""
+    own = _read(vector.checkpoint, vector.layout.names[rows.name], rows.numbers, rows.unit.shape[1])
+    gaps = own[None] - rows.versions
+    gaps -= (gaps * rows.unit).sum(axis=2, keepdims=True) * rows.unit
+    far = np.linalg.norm(gaps, axis=2)
+    first, second = np.sort(far, axis=0)[:2]
+    clear = (first < EQUAL * second) & (second > 1e-6 * np.linalg.norm(own, axis=1))
+    votes = np.bincount(np.argmin(far, axis=0)[clear], minlength=len(rows.tags))
+    return {tag: int(count) for tag, count in zip(rows.tags, votes, strict=True)}
