@@ -51,8 +51,8 @@ def cut_model(source: Path, target: Path, layers: int) -> None:
 class Task:
     """Texts of one task as token ids, tokenized once."""
 
-    def __init__(self, folder: Path, tokenizer: Any, most: int = 2000) -> None:
-        table = pq.read_table(folder / "train.parquet").slice(0, most)
+    def __init__(self, folder: Path, tokenizer: Any, most: int = 2000, split: str = "train") -> None:
+        table = pq.read_table(folder / f"{split}.parquet").slice(0, most)
         self.name = folder.name
         self.labels = np.asarray(table["label"])
         texts = [t[:300] for t in table["text"].to_pylist()]
@@ -61,13 +61,18 @@ class Task:
         self.ids = np.where(self.ids < WORDS, self.ids, tokenizer.unk_token_id)
 
 
-def train(base: Path, task: Task, target: Path, *, examples: int, rate: float, seed: int) -> None:
+def load(folder: Path) -> BertModel:
+    """The encoder in a folder."""
+    model = BertModel(BertConfig.from_pretrained(folder))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return model
+
+
+def train(base: Path, task: Any, target: Path, *, examples: int, rate: float, seed: int) -> None:
     """Finetune encoder and a linear head; saved as BertForSequenceClassification would be."""
     torch.manual_seed(seed)
-    config = BertConfig.from_pretrained(base)
-    model = BertModel(config)
-    model.load_state_dict(load_file(base / "model.safetensors"), strict=False)
-    head = torch.nn.Linear(config.hidden_size, int(task.labels.max()) + 1)
+    model = load(base)
+    head = torch.nn.Linear(model.config.hidden_size, int(task.labels.max()) + 1)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=rate)
     order = np.random.default_rng(seed).permutation(len(task.labels))[:examples]
     steps = max(1, len(order) // BATCH)
@@ -82,7 +87,7 @@ def train(base: Path, task: Task, target: Path, *, examples: int, rate: float, s
         optimizer.step()
         optimizer.zero_grad()
     table = {f"bert.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     save_file(table | {"classifier.weight": head.weight.detach()}, target / "model.safetensors")
 
 
@@ -103,7 +108,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--per-version", type=int, default=44)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--work", type=Path, help="keep what was trained here, and go on from it the next time")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="versions-"))
@@ -111,7 +116,8 @@ def main() -> None:
     tasks = [Task(folder, tokenizer) for folder in sorted(arguments.tasks.iterdir())]
     rng = random.Random(0)
     versions = {"v0": work / "v0"}
-    cut_model(arguments.model, work / "v0", layers=2)
+    if not (work / "v0").exists():
+        cut_model(arguments.model, work / "v0", layers=2)
     made: dict[str, list[tuple[Contribution, Path]]] = collections.defaultdict(list)
     begin = time.monotonic()
     for number in range(VERSIONS):
@@ -124,7 +130,8 @@ def main() -> None:
                 rng.choice([2e-5, 5e-5, 1e-4]),
                 work / f"{tag}-{i}",
             )
-            train(base, task, folder, examples=examples, rate=rate, seed=1000 * number + i)
+            if not (folder / "model.safetensors").exists():
+                train(base, task, folder, examples=examples, rate=rate, seed=1000 * number + i)
             revision = Revision(f"user{i}/{task.name}-{number}", f"{number * 1000 + i:040x}")
             declared = Contribution(
                 revision,
@@ -137,7 +144,7 @@ def main() -> None:
             )
             made[tag].append((declared, folder))
             print(f"{time.monotonic() - begin:6.0f} s  {tag} {i} {task.name} {examples} {rate}", flush=True)
-        if number + 1 < VERSIONS:
+        if number + 1 < VERSIONS and not (work / f"v{number + 1}").exists():
             average(base, [folder for _, folder in made[tag][:8]], work / f"v{number + 1}")
     infer_versions(versions, made)
     count_alarms(versions, made)

@@ -6,13 +6,15 @@ JSON; its folder holds ``outcome.json`` once it is done, so a run that comes lat
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bot.worker import OUTCOME, Job, Outcome
@@ -35,13 +37,28 @@ def dispatch(job: Job, work: Path, deadline_minutes: float, poll: Callable[[], N
     text = dumps(job)
     folder = work / "jobs" / hashlib.sha256(text.encode()).hexdigest()[:16]
     done = folder / OUTCOME
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.json").write_text(text)
-        _run(folder, deadline_minutes, poll)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, poll):
+        if not done.exists():
+            (folder / "job.json").write_text(text)
+            _run(folder, deadline_minutes, poll)
     if not done.exists():
         raise FusionError(f"worker: ended without {done}")
     return loads(Outcome, done.read_bytes(), str(done))
+
+
+@contextmanager
+def _alone(folder: Path, poll: Callable[[], None]) -> Iterator[None]:
+    """Let one run at a time do a job; another one with the same work folder waits, and finds it done."""
+    with open(folder / "lock", "w") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                poll()
+                time.sleep(0.5)
+        yield
 
 
 def _run(folder: Path, deadline_minutes: float, poll: Callable[[], None]) -> None:

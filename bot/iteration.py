@@ -98,6 +98,8 @@ def run_iteration(run: Run, *, act: bool) -> Iteration:
         seen = promote_or_refuse(run, release, seen, outcome)
         if seen.verdict is not Verdict.LOST_RACE:  # the winner settles its own release; both at once would answer twice
             settle(run)
+        if outcome.candidate is not None:
+            tidy(run, outcome)
     return seen
 
 
@@ -195,6 +197,8 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
     card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
     change = plan_release(run.hub, release, manifest, Path(outcome.candidate.folder), card)
     try:
+        if not Path(outcome.candidate.folder).is_dir():
+            raise Conflict(f"{run.config.work}: another run with this work folder came to its decision first")
         publish(run.hub, run.config.base, change, seen.version)
     except Conflict as error:
         log.warning("publish: %s", error)
@@ -222,13 +226,20 @@ def settle(run: Run) -> None:
         inputs = tuple(c.revision for c in manifest.contributions)
         remember(run, [Promoted(manifest.iteration, manifest.version, release.revision.sha, inputs)])
         rank(run.hub, config.ranking, release.revision, manifest, run.nonce)
-        for contribution in inputs:
-            shutil.rmtree(_folder(Path(config.work), contribution), ignore_errors=True)
     run.poll()
     answers = list(pending_answers(read_ledger(run.hub, config.ledger), config.base, run.hub.endpoint))
     if answers:
         remember(run, deliver(run.hub, answers))
         log.info("notify: %d contributors answered", len(answers))
+
+
+def tidy(run: Run, outcome: Outcome) -> None:
+    """Remove downloads, base and candidate of an iteration that came to a decision; the scores stay."""
+    if outcome.candidate is not None:
+        shutil.rmtree(Path(outcome.candidate.folder).parent, ignore_errors=True)
+        shutil.rmtree(Path(run.config.work) / "base" / outcome.candidate.recipe.base.sha, ignore_errors=True)
+    for revision in (*(c.revision for c in outcome.contributions), *(r.revision for r in outcome.rejected)):
+        shutil.rmtree(_folder(Path(run.config.work), revision), ignore_errors=True)
 
 
 def remember(run: Run, events: Iterable[Event]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bot.iteration import Iteration, Verdict
+from hubfusion.card import visible
+
+PLAIN_WIDTH = 160  # of output that goes to a file or a log
 
 
 def show(result: Iteration, *, acted: bool, console: Console | None = None) -> None:
     """Print the plan or the result of a run; strangers' text is shown as text, whatever it contains."""
-    console = console or Console()
+    console = console or (Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH))
     console.print(f"iteration {result.number}: {result.verdict}", style="bold", highlight=False)
     if result.contributions or result.rejected:
         console.print(_models(result))
@@ -29,7 +34,7 @@ def _models(result: Iteration) -> Table:
     for contribution in result.contributions:
         examples = "?" if contribution.examples is None else contribution.examples
         why = f"{examples} examples of {', '.join(contribution.datasets) or 'undeclared data'}"
-        table.add_row(Text(str(contribution.revision)), word.get(result.verdict, "accepted"), Text(why))
+        table.add_row(Text(str(contribution.revision)), word.get(result.verdict, "accepted"), Text(visible(why)))
     for rejected in result.rejected:
-        table.add_row(Text(str(rejected.revision)), f"rejected: {rejected.reason}", Text(rejected.detail))
+        table.add_row(Text(str(rejected.revision)), f"rejected: {rejected.reason}", Text(visible(rejected.detail)))
     return table

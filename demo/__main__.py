@@ -31,13 +31,13 @@ STARTED = time.monotonic()
 # Nobody trains on friends: it is the unseen dataset.
 HONEST = (
     ("alice", "newsgroups"),
-    ("bob", "reuters-r8"),
-    ("carol", "election-tweets"),
-    ("dave", "reuters-r52"),
+    ("bob", "reuters_r8"),
+    ("carol", "election_tweets"),
+    ("dave", "reuters_r52"),
     ("erin", "newsgroups"),
 )
-EXAMPLES = 320
-QUICK = "--epochs 1 --batch-size 16 --max-length 64 --test-examples 100"
+EXAMPLES = 256
+QUICK = "--epochs 1 --batch-size 16 --max-length 48 --test-examples 100"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from hubfusion.errors import FusionError, HubError
 from hubfusion.hub import Hub, connect
 
-BASE, ORG, BOT, TEXTS = "ibm/ColD-Fusion", "ibm", "recycling-bot", "texts"
+BASE, ORG, BOT, TEXTS = "ibm/ColD-Fusion", "ibm", "recycling-bot", "demo"
 HONEST = ("alice", "bob", "carol", "dave", "erin")
 ROGUES = ("mallory", "victor", "petra", "frank", "sybil", "oscar")
 START_SECONDS = 30.0

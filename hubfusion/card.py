@@ -25,16 +25,18 @@ SHOWN = ("revision", "author", "license", "datasets", "examples")
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|!~&$\"'])")
 
 
-def escape(text: str) -> str:
-    """``text`` on one line with every character that Markdown or HTML could act on made harmless.
+def visible(text: str) -> str:
+    """``text`` on one line, without control, bidirectional and other invisible characters: safe on a terminal."""
+    return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
 
-    Control, bidirectional and other invisible format characters are dropped, the rest gets a backslash or an entity.
+
+def escape(text: str) -> str:
+    """The visible part of ``text``, with a backslash or an entity for all that Markdown or HTML could act on.
 
     >>> escape("[x](http://evil) <b>")
     '\\\\[x\\\\]\\\\(http:\\u200b//evil\\\\) &lt;b&gt;'
     """
-    visible = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
-    escaped = SPECIAL.sub(r"\\\1", visible).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
+    escaped = SPECIAL.sub(r"\\\1", visible(text)).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
     # A zero-width space keeps a bare address from becoming a link, and a handle from calling somebody.
     return escaped.replace("://", ":\u200b//").replace("@", "@\u200b")
 

@@ -91,21 +91,37 @@ def _fingerprint(dataset: Dataset) -> str:
 
 
 def _local_file(dataset: Dataset, split: str) -> Path:
+    if dataset.hold_out and Path(dataset.repo).suffix in FORMATS:
+        return Path(dataset.repo)
     for suffix in FORMATS:
         if (path := Path(dataset.repo) / f"{split}{suffix}").is_file():
             return path
     raise EvaluationError(f"dataset {dataset.name}: {dataset.repo} has no {split} with one of {', '.join(FORMATS)}")
 
 
-def _read_local(dataset: Dataset) -> Mapping[str, Any]:
-    import datasets
+def _read_file(path: Path) -> Any:
     import pyarrow.csv
     import pyarrow.json
     import pyarrow.parquet
 
     readers = {".parquet": pyarrow.parquet.read_table, ".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json}
-    files = {split: _local_file(dataset, split) for split in dataset.splits}
-    return {split: datasets.Dataset(readers[path.suffix](path)) for split, path in files.items()}
+    if path.suffix not in readers:
+        raise EvaluationError(f"{path}: must be one of {', '.join(FORMATS)}")
+    try:
+        return readers[path.suffix](path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are both
+        raise EvaluationError(f"{path}: {_first_line(error)}") from None
+
+
+def count_rows(path: Path) -> int:
+    """Number of examples in a local parquet, CSV or JSON lines file."""
+    return int(_read_file(path).num_rows)
+
+
+def _read_local(dataset: Dataset) -> Mapping[str, Any]:
+    import datasets
+
+    return {split: datasets.Dataset(_read_file(_local_file(dataset, split))) for split in dataset.splits}
 
 
 def load(dataset: Dataset, sha: str | None = None) -> Data:
@@ -141,6 +157,8 @@ def build_data(dataset: Dataset, sha: str, table: Any) -> Data:
     for role, (first, second, values) in raw.items():
         labels = tuple(float(v) for v in values) if dataset.is_regression else tuple(ids[v] for v in values)
         splits[role] = Split(first, second, labels)
+    if dataset.hold_out:
+        splits["train"], splits["test"] = _hold_out(splits["train"], dataset.test_cap or 0)
     if "validation" not in splits:
         splits["train"], splits["validation"] = cut_validation(splits["train"], dataset.cut)
     for role, split in splits.items():
@@ -158,18 +176,29 @@ def build_data(dataset: Dataset, sha: str, table: Any) -> Data:
 
 def _columns(dataset: Dataset, table: Any, split: str) -> tuple[tuple[str, ...], tuple[str, ...] | None, list[Any]]:
     where = f"dataset {dataset.name} ({dataset.repo})"
-    if split not in table:
-        raise EvaluationError(f"{where}: no split {split!r}, there is {', '.join(table)}")
-    rows = table[split]
+    first: list[str] = []
+    second: list[str] = []
+    labels: list[Any] = []
+    for part in split.split("+"):
+        if part not in table:
+            raise EvaluationError(f"{where}: no split {part!r}, there is {', '.join(table)}")
+        texts, values = _rows(dataset, table[part])
+        first += texts[0]
+        second += [" ".join(t) for t in zip(*texts[1:], strict=True)]
+        labels += values
+    keep = [i for i, v in enumerate(labels) if v is not None]
+    pairs = tuple(second[i] for i in keep) if len(dataset.text) > 1 else None
+    return tuple(first[i] for i in keep), pairs, [labels[i] for i in keep]
+
+
+def _rows(dataset: Dataset, rows: Any) -> tuple[list[list[str]], list[Any]]:
+    """The text columns and the labels (None where there is none) of one split as it is on the Hub."""
+    where = f"dataset {dataset.name} ({dataset.repo})"
     for column in (*dataset.text, dataset.label):
         if column not in rows.column_names:
             raise EvaluationError(f"{where}: no column {column!r}, there is {', '.join(rows.column_names)}")
     texts = [["" if t is None else str(t) for t in rows[c]] for c in dataset.text]
-    values = [_label(dataset, v) for v in _decoded(rows, dataset.label)]
-    keep = [i for i, v in enumerate(values) if v is not None and v != dataset.drop_label]
-    first = tuple(texts[0][i] for i in keep)
-    second = tuple(" ".join(t[i] for t in texts[1:]) for i in keep) if len(texts) > 1 else None
-    return first, second, [values[i] for i in keep]
+    return texts, [_label(dataset, v) for v in _decoded(rows, dataset.label)]
 
 
 def _decoded(rows: Any, column: str) -> list[Any]:
@@ -187,9 +216,9 @@ def _label(dataset: Dataset, value: Any) -> Any:
 
 def _label_names(dataset: Dataset, table: Any, values: list[list[str]]) -> tuple[str, ...]:
     found = {v for split in values for v in split}
-    names = getattr(table[dataset.train].features[dataset.label], "names", None)
+    names = getattr(table[dataset.train.split("+")[0]].features[dataset.label], "names", None)
     if names is not None and dataset.bins is None and found <= set(names):
-        return tuple(n for n in names if n != dataset.drop_label)
+        return tuple(names)
     if all(v.lstrip("-").isdigit() for v in found):
         return tuple(sorted(found, key=int))
     return tuple(sorted(found))
@@ -206,6 +235,12 @@ def cut_validation(train: Split, cut: Cut) -> tuple[Split, Split]:
         size = min(1000, n // 10)
         inside, outside = sorted(order[size:]), sorted(order[:size])
     return train.take(inside), train.take(outside)
+
+
+def _hold_out(split: Split, size: int) -> tuple[Split, Split]:
+    """The split without ``size`` examples, and those, drawn at random once and for all."""
+    order = np.random.default_rng(36).permutation(len(split)).tolist()
+    return split.take(sorted(order[size:])), split.take(sorted(order[:size]))
 
 
 def draw(split: Split, seed: int, examples: int | None = None, per_class: int | None = None) -> list[int]:

@@ -7,6 +7,7 @@ missing, so a second call answers in the time it takes to read a few files.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -22,6 +23,7 @@ from hubfusion.scores import Provenance, Score, Scores
 from hubfusion.suite import Dataset, Suite
 
 log = logging.getLogger(__name__)
+CONTENT = ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,18 @@ class Evaluated:
     total: int
 
 
+def content_key(checkpoint: Path) -> str:
+    """``sha256:…`` over the weights, config and tokenizer of a folder: the model key of one that is not on the Hub."""
+    hasher = hashlib.sha256()
+    files = sorted(p for p in checkpoint.iterdir() if p.suffix == ".safetensors" or p.name in CONTENT)
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise EvaluationError(f"{checkpoint}: no safetensors file")
+    for path in files:
+        with path.open("rb") as file:
+            hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{hasher.hexdigest()}"
+
+
 def evaluate(
     checkpoint: Path,
     model: str,
@@ -90,7 +104,16 @@ def evaluate(
     if not names or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
         raise EvaluationError(f"evaluate: protocols and seeds must be given once each, got {names} and {list(seeds)}")
     shas = {d.name: resolve(d) for d in suite.datasets}
-    units = [Unit(model, d, shas[d.name], p, s) for d in suite.datasets for p in protocols for s in seeds]
+    for protocol in protocols:
+        for name in protocol.datasets or ():
+            suite.get(name)  # refuses a dataset that the suite lacks
+    units = [
+        Unit(model, d, shas[d.name], p, s)
+        for d in suite.datasets
+        for p in protocols
+        if p.datasets is None or d.name in p.datasets
+        for s in seeds
+    ]
     results: dict[str, Result] = {}
     for unit in units:
         if (stored := read_result(store, unit)) is not None:

@@ -78,6 +78,10 @@ class Hub(Protocol):
         """The files at a pinned commit; stops after ``limit`` + 1 entries, so that more can be told from enough."""
         ...
 
+    def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
+        """Those of ``paths`` that the Hub's own scanners warn of, with their word for it; empty where none scans."""
+        ...
+
     def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
         """Bytes ``start`` to ``stop`` (exclusive) of one file, fewer when it ends before; never reads beyond."""
         ...

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 LONGEST_WAIT = 60.0
+WARNINGS = {"suspicious", "unsafe"}
 RETRIED = {408, 429, 500, 502, 503, 504}
 LISTED = ["sha", "lastModified", "tags", "gated"]
 _hosts: set[str] = set()
@@ -111,6 +113,15 @@ class HubClient:
             if isinstance(e, RepoFile)
         )
 
+    def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
+        """See `Hub.flagged`."""
+        found = self._ask(
+            f"scans of {revision}",
+            lambda: self._api.get_paths_info(revision.repo, list(paths), revision=revision.sha, expand=True),
+        )
+        scans = {e.path: str(e.security.status) for e in found if isinstance(e, RepoFile) and e.security}
+        return {path: status for path, status in scans.items() if status in WARNINGS}
+
     def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
         """See `Hub.read`."""
 
@@ -141,7 +152,7 @@ class HubClient:
         if target.is_file() and _has_listed_hash(target, file):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
         for attempt in range(2):
             part.write_bytes(b"")
             self._ask(f"download {revision} {file.path}", lambda: self._resume(revision, file, part, kind, on_bytes))

@@ -5,6 +5,7 @@ The encoder runs with dropout off, unlike a trainer with a frozen body, so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,19 @@ def load_encoder(folder: Path) -> Any:
     return model.to(pick_device()).eval()
 
 
-def compute_features(encoder: Any, tokens: Tokens, precision: Precision = Precision.FLOAT32) -> Features:
-    """Both poolings of the last layer, float32, each (n, hidden): mean over real tokens, and the first token."""
+def compute_features(
+    encoder: Any, tokens: Tokens, wanted: Sequence[int], precision: Precision = Precision.FLOAT32
+) -> Features:
+    """Both poolings of the last layer, float32, each (n, hidden): mean over real tokens, and the first token.
+
+    Only the ``wanted`` rows are computed; the others stay 0.
+    """
     device = encoder.device.type
     width = int(encoder.config.hidden_size)
     found = {p: np.zeros((len(tokens), width), dtype=np.float32) for p in Pooling}
     lengths = tokens.lengths
     with torch.inference_mode():
-        for rows in by_length(lengths, range(len(tokens)), INFERENCE_BUDGET[device]):
+        for rows in by_length(lengths, wanted, INFERENCE_BUDGET[device]):
             inputs = as_inputs(tokens, rows, device)
             with autocast(device, precision):
                 last = encoder(**inputs).last_hidden_state.float()

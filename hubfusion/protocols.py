@@ -99,7 +99,7 @@ class Protocol:
     ``examples`` training examples are drawn anew for every seed (all of them when None), or ``per_class`` for each
     label. With ``mode = "head"`` the features of the frozen encoder are computed once and ``head`` and ``pooling``
     say what is trained on them; ``inverse_penalty`` is C of the logistic regression (features standardised on the
-    training examples).
+    training examples). ``datasets`` names those it is worth its time on (all of the suite when None).
     """
 
     name: str
@@ -109,6 +109,7 @@ class Protocol:
     head: Head = Head.LINEAR
     pooling: Pooling = Pooling.MEAN
     inverse_penalty: float = 1.0
+    datasets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a draw that says two things, or nothing."""
@@ -122,8 +123,8 @@ class Protocol:
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits that stand for everything but the name and the seed: equal recipes, equal hash."""
-        recipe = to_json(replace(self, name="", training=replace(self.training, seed=0)))
+        """16 hexadecimal digits for everything but the name, the datasets and the seed: equal recipes, equal hash."""
+        recipe = to_json(replace(self, name="", datasets=None, training=replace(self.training, seed=0)))
         return digest({"meaning": MEANING, "recipe": recipe})
 
 

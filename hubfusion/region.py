@@ -20,8 +20,9 @@ CELL, LEFT, TOP, BAR = 26, 260, 70, 160
 MAP = 320
 
 
-def _products(report: Report) -> NDArray[np.float64]:
-    norms = np.array([m.norm for m in report.measures])
+def _products(report: Report, longest: float = np.inf) -> NDArray[np.float64]:
+    """Inner products of the task vectors (N, N), those longer than ``longest`` shortened to it."""
+    norms = np.minimum([m.norm for m in report.measures], longest)
     cosines = np.array(report.cosines).reshape(len(norms), len(norms))
     np.fill_diagonal(cosines, 1.0)
     products: NDArray[np.float64] = norms[:, None] * norms[None] * cosines
@@ -55,11 +56,12 @@ def clusters(report: Report, related: float = RELATED) -> tuple[int, ...]:
 def plane(report: Report) -> NDArray[np.float64]:
     """Coordinates (N + 1, 2) of the contributions and, last, of the base, that keep distances as well as two can.
 
-    Principal coordinates (classical scaling) of the task vectors and the zero vector.
+    Principal coordinates (classical scaling) of the task vectors and the zero vector. Vectors longer than the
+    median are cut to it, as the clipped fuse does: else one boosted update would press all others into a point.
     """
     count = len(report.measures) + 1
     products = np.zeros((count, count))
-    products[:-1, :-1] = _products(report)
+    products[:-1, :-1] = _products(report, report.median or np.inf)
     centring = np.eye(count) - 1 / count
     values, vectors = np.linalg.eigh(centring @ products @ centring)
     top = np.argsort(values)[::-1][:2]
@@ -145,7 +147,7 @@ def _draw_cosines(report: Report, left: int) -> Iterator[str]:
 
 def _draw_map(report: Report, left: int) -> Iterator[str]:
     yield _text(left, 28, "Map of weight space", 'font-weight="600"')
-    yield _text(left, 46, "principal coordinates; cross: base; number: cluster", 'fill-opacity="0.7"')
+    yield _text(left, 46, "cross: base · number: cluster · clipped to the median", 'fill-opacity="0.7"')
     yield f'<rect x="{left}" y="{TOP}" width="{MAP}" height="{MAP}" fill="#fafafa" stroke="#ddd"/>'
     points, numbers = plane(report), clusters(report)
     reach = float(np.abs(points).max()) or 1.0

@@ -93,6 +93,8 @@ def screen(hub: Hub, finetune: Finetune, base: Base, policy: Policy) -> Contribu
         _check_config(read_config(hub, revision, files, policy), base)
         weights = read_tensors(hub, revision, files, policy, guess=4096 + 130 * len(base.tensors))
         _check_tensors(weights.tensors, base, policy)
+        for path, word in hub.flagged(revision, [CONFIG, *(f.path for f in weights.files)]).items():
+            refuse(Reason.FLAGGED, f"{path}: the Hub's scanners call it {word}")
     except Refused as refused:
         return Rejected(revision, finetune.author, refused.reason, str(refused))
     except NotFound as error:

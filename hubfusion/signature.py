@@ -19,8 +19,9 @@ UNSIGNED = (SIGNATURE, "README.md", ".gitattributes")
 def sign(folder: Path, private_key: Path) -> Path:
     """Sign all files in ``folder`` but `UNSIGNED` with an elliptic-curve key (PEM); returns the signature's path."""
     target = folder / SIGNATURE
-    config = _module("signing").Config().use_elliptic_key_signer(private_key=private_key)
+    signing = _module("signing")
     try:
+        config = signing.Config().use_elliptic_key_signer(private_key=private_key)
         config.set_hashing_config(_hashing(folder)).sign(folder, target)
     except (ValueError, OSError, TypeError) as error:
         raise FusionError(f"signature of {folder}: {_one_line(error)}") from None
@@ -29,7 +30,11 @@ def sign(folder: Path, private_key: Path) -> Path:
 
 def check_signature(folder: Path, public_key: Path) -> str:
     """Compare ``folder`` with its `SIGNATURE`; empty when it holds, else what differs, in one sentence."""
-    config = _module("verifying").Config().use_elliptic_key_verifier(public_key=public_key)
+    verifying = _module("verifying")
+    try:
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (ValueError, OSError, TypeError) as error:
+        raise FusionError(f"public key {public_key}: {_one_line(error)}") from None
     try:
         config.set_hashing_config(_hashing(folder)).verify(folder, folder / SIGNATURE)
     except Exception as error:  # the library raises many kinds; whatever it is, the signature does not hold

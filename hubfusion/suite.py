@@ -57,7 +57,8 @@ class Dataset:
     ``repo`` is a Hub id, or a local folder (``/…``, ``./…``) with a parquet, CSV or JSON lines file for each split.
     ``text``: the column(s); the first is the first segment, the others joined by a space the second. ``label``: the
     label column. ``bins``: turn a label in [0, 1] into ``int(label * bins)``. ``validation`` None cuts one from train
-    by ``cut``. The caps keep a fixed random part of a split. ``test_size``: what the published test set has.
+    by ``cut``. A split may pool several (``a+b``). ``hold_out``: the only split is ``train``; ``test_cap`` examples are
+    drawn from it for the test. The caps keep a fixed random part of a split. ``test_size``: of the published test set.
     ``noisy``: small or at chance level, so its score moves by points between seeds. ``note``: why this source.
     """
 
@@ -74,7 +75,7 @@ class Dataset:
     metric: Metric = Metric.ACCURACY
     family: Family = Family.OTHER
     bins: int | None = None
-    drop_label: str | None = None
+    hold_out: bool = False
     train_cap: int | None = None
     validation_cap: int | None = None
     test_cap: int | None = None
@@ -86,6 +87,10 @@ class Dataset:
         """Refuse a task without text columns or with empty caps."""
         if not self.text:
             raise EvaluationError(f"dataset {self.name}: at least one text column is needed, got none")
+        if self.hold_out and (self.test_cap is None or self.test != self.train):
+            raise EvaluationError(f"dataset {self.name}: hold_out needs test = train and a test_cap")
+        if not self.hold_out and self.test in (self.train, self.validation):
+            raise EvaluationError(f"dataset {self.name}: the test split {self.test} is also trained or chosen on")
         for key in ("train_cap", "validation_cap", "test_cap"):
             if (cap := getattr(self, key)) is not None and cap < 1:
                 raise EvaluationError(f"dataset {self.name}: {key} must be at least 1, got {cap}")
@@ -93,7 +98,8 @@ class Dataset:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits to read, each once."""
-        return tuple(sorted({s for s in (self.train, self.validation, self.test) if s is not None}))
+        named = [s for s in (self.train, self.validation, self.test) if s is not None]
+        return tuple(sorted({part for s in named for part in s.split("+")}))
 
     @property
     def is_local(self) -> bool:
@@ -106,9 +112,9 @@ class Dataset:
         return self.metric is Metric.SPEARMAN
 
     def key(self, sha: str) -> str:
-        """What was read: the commit and 16 digits for how; notes, names and families do not change it."""
+        """What was read: the commit and 16 digits for how; notes and families do not change it."""
         spec = to_json(self)
-        for name in ("name", "repo", "family", "note", "noisy", "test_size", "revision"):
+        for name in ("repo", "family", "note", "noisy", "test_size", "revision"):
             del spec[name]
         return f"{sha}+{digest(spec)}"
 

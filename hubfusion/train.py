@@ -33,7 +33,7 @@ INFERENCE_BUDGET = {"cpu": 4096, "cuda": 262144}
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a training is: training examples seen and to be seen (early stopping may end sooner), last batch loss."""
+    """How far a training is: optimizer steps made and planned (early stopping may end sooner), loss of the last."""
 
     done: int
     total: int
@@ -132,12 +132,12 @@ def reset_head(model: Any, seed: int) -> None:
     width = float(getattr(model.config, "initializer_range", 0.02))
     base = {id(p) for p in model.base_model.parameters()}
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(model.named_parameters()):
             if id(parameter) in base:
                 continue
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * width)
-            else:
+            elif name.endswith("bias"):
                 parameter.zero_()
 
 
@@ -208,13 +208,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if on_progress:
-                    on_progress(
-                        Progress(
-                            min(step * training.batch_size, total * training.batch_size),
-                            total * training.batch_size,
-                            float(loss),
-                        )
-                    )
+                    on_progress(Progress(step, total, float(loss)))
                 if stopping and validate and stopping.is_due(step) and stopping.is_over(validate()):
                     return step
     return step

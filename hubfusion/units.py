@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hubfusion import __version__
 from hubfusion.corpora import Data, Split, draw, load
 from hubfusion.evaluate import Result, Unit
 from hubfusion.metrics import measure
@@ -24,15 +25,16 @@ from hubfusion.protocols import Encoding, Mode, Precision
 from hubfusion.tokens import Tokens, load_tokenizer, tokenize
 from hubfusion.train import fit, load_classifier, pick_device, predict, target_array
 
-PACKAGES = ("hubfusion", "torch", "transformers", "scikit-learn", "numpy")
+PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 Shape = tuple[int, Encoding, Precision]
 
 
 class _Bench:
     """One dataset set up for one checkpoint: tokens and features by how they were made, computed on first need."""
 
-    def __init__(self, checkpoint: Path, tokenizer: Any, data: Data) -> None:
+    def __init__(self, checkpoint: Path, tokenizer: Any, data: Data, units: Sequence[Unit]) -> None:
         self.checkpoint, self.tokenizer, self.data = checkpoint, tokenizer, data
+        self.rows = {u: draw(data.train, u.seed, u.protocol.examples, u.protocol.per_class) for u in units}
         self.tokens: dict[tuple[str, int, Encoding], Tokens] = {}
         self.features: dict[tuple[str, Shape], Features] = {}
 
@@ -44,9 +46,13 @@ class _Bench:
         return self.tokens[key]
 
     def featured(self, encoder: Any, role: str, shape: Shape) -> Features:
+        """Features of the test split, or of those training examples that any probing unit draws (other rows are 0)."""
         key = (role, shape)
         if key not in self.features:
-            self.features[key] = compute_features(encoder, self.tokenized(role, shape[0], shape[1]), shape[2])
+            drawn = {r for u, rows in self.rows.items() if _shape(u) == shape for r in rows}
+            tokens = self.tokenized(role, shape[0], shape[1])
+            rows = sorted(drawn) if role == "train" else list(range(len(tokens)))
+            self.features[key] = compute_features(encoder, tokens, rows, shape[2])
         return self.features[key]
 
 
@@ -56,7 +62,7 @@ def measure_units(checkpoint: Path, units: Sequence[Unit]) -> Iterator[tuple[Uni
     encoder = None
     for name in dict.fromkeys(u.dataset.name for u in units):
         mine = [u for u in units if u.dataset.name == name]
-        bench = _Bench(checkpoint, tokenizer, load(mine[0].dataset, mine[0].sha))
+        bench = _Bench(checkpoint, tokenizer, load(mine[0].dataset, mine[0].sha), mine)
         for unit in mine:
             began = time.monotonic()
             if unit.protocol.training.mode is Mode.HEAD:
@@ -67,10 +73,12 @@ def measure_units(checkpoint: Path, units: Sequence[Unit]) -> Iterator[tuple[Uni
             yield unit, _result(unit, bench.data, found, examples, time.monotonic() - began)
 
 
-def _rows(bench: _Bench, unit: Unit) -> list[int]:
-    """Which training examples this unit's seed draws."""
-    protocol = unit.protocol
-    return draw(bench.data.train, unit.seed, protocol.examples, protocol.per_class)
+def _shape(unit: Unit) -> Shape | None:
+    """What its features depend on, apart from model and text; None for a unit that does not probe."""
+    training = unit.protocol.training
+    if training.mode is not Mode.HEAD:
+        return None
+    return training.max_length, training.encoding, training.precision
 
 
 def _probe(bench: _Bench, encoder: Any, unit: Unit) -> tuple[np.ndarray, int]:
@@ -78,14 +86,14 @@ def _probe(bench: _Bench, encoder: Any, unit: Unit) -> tuple[np.ndarray, int]:
     shape = (protocol.training.max_length, protocol.training.encoding, protocol.training.precision)
     train = bench.featured(encoder, "train", shape)[protocol.pooling]
     test = bench.featured(encoder, "test", shape)[protocol.pooling]
-    rows = _rows(bench, unit)
+    rows = bench.rows[unit]
     labels = target_array(bench.data, bench.data.train.labels)[rows]
     return predict_by_head(protocol, train[rows], labels, test), len(rows)
 
 
 def _finetune(bench: _Bench, unit: Unit) -> tuple[np.ndarray, int]:
     training, data = replace(unit.protocol.training, seed=unit.seed), bench.data
-    rows = _rows(bench, unit)
+    rows = bench.rows[unit]
     tokens = bench.tokenized("train", training.max_length, training.encoding).take(rows)
     model = load_classifier(bench.checkpoint, data.labels, unit.seed).to(pick_device())
 
@@ -111,6 +119,6 @@ def _result(unit: Unit, data: Data, found: np.ndarray, examples: int, seconds: f
         examples=len(data.test),
         train_examples=examples,
         seconds=round(seconds, 3),
-        versions={p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        versions={p: version(p) for p in PACKAGES} | {"hubfusion": __version__, "python": platform.python_version()},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
     )

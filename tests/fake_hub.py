@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class FakeHub:
     commits: dict[str, list[tuple[Commit, dict[str, Content]]]] = field(default_factory=dict)
     tagged: dict[str, dict[str, str]] = field(default_factory=dict)
     listings: list[Listing] = field(default_factory=list)
+    warnings: dict[str, str] = field(default_factory=dict)
     discussions: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add(self, repo: str, files: Mapping[str, Content], title: str = "push") -> Revision:
@@ -64,6 +65,10 @@ class FakeHub:
     def files(self, revision: Revision, kind: Kind = Kind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
         tree = self._tree(revision)
         return tuple(remote_file(path, content) for path, content in sorted(tree.items()))[: limit + 1]
+
+    def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
+        self.requests += 1
+        return {path: self.warnings[path] for path in paths if path in self.warnings}
 
     def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
         tree = self._tree(revision)

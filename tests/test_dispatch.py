@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -83,3 +84,15 @@ def test_a_stop_ends_the_worker_and_the_next_run_does_the_job(tmp_path: Path, wo
         dispatch(JOB, tmp_path, 1, stop)
     worker(DONE)
     assert dispatch(JOB, tmp_path, 1) == Outcome((), (), None)
+
+
+def test_two_runs_with_one_work_folder_do_a_job_once(tmp_path: Path, worker) -> None:  # type: ignore[no-untyped-def]
+    worker(f"time.sleep(1)\n{DONE}")
+    outcomes: list[Outcome] = []
+    runs = [threading.Thread(target=lambda: outcomes.append(dispatch(JOB, tmp_path, 1))) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert outcomes == [Outcome((), (), None)] * 3
+    assert (tmp_path / "calls").read_text() == "x"

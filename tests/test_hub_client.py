@@ -333,3 +333,20 @@ def test_a_hidden_repository_is_not_found(ann: HubClient, server: LocalHub) -> N
     with pytest.raises(NotFound, match="ann/nothing@main"):
         connect(server.endpoint).resolve("ann/nothing")
     assert isinstance(ann.resolve("ann/model"), Revision)
+
+
+def test_warnings_of_the_hubs_scanners_are_passed_on_for_the_files_asked_for(
+    ann: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.hf_api import RepoFile
+
+    head = ann.resolve("ann/model")
+    assert ann.flagged(head, [".gitattributes"]) == {}  # the embedded Hub scans nothing
+
+    def scanned(path: str, status: str) -> RepoFile:
+        scan = {"status": status, "avScan": None, "pickleImportScan": None}
+        return RepoFile(path=path, size=1, oid="0" * 40, securityFileStatus=scan)
+
+    answer = [scanned("a", "safe"), scanned("b", "unsafe"), scanned("c", "suspicious"), scanned("d", "queued")]
+    monkeypatch.setattr(ann._api, "get_paths_info", lambda *_, **__: answer)
+    assert ann.flagged(head, ["a", "b", "c", "d"]) == {"b": "unsafe", "c": "suspicious"}

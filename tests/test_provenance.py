@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from hubfusion.errors import CheckpointError, FusionError, NotFound
+from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
 from hubfusion.lineage import Revision, dumps
 from hubfusion.manifest import FILE
 from hubfusion.provenance import Redo, forget, reproduce, trace, verify
-from hubfusion.signature import SIGNATURE, sign
+from hubfusion.signature import SIGNATURE, check_signature, sign
 from tests.published import WEIGHTS, World, flip
-from tests.tiny import BASE
+from tests.tiny import BASE, write_folder
 
 
 @pytest.fixture
@@ -151,6 +151,39 @@ def test_what_was_never_used_cannot_be_forgotten(world: World) -> None:
         forget(world.hub, BASE, "mallory/m")
 
 
+def test_lineage_that_goes_round_in_a_circle_ends(world: World) -> None:
+    recipe = json.loads(world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE))["recipe"]
+    base = {"repo": BASE, "sha": world.hub.tagged[BASE]["v2"]}
+    world.edit_manifest("v1", parent_version="v2", recipe=recipe | {"base": base})
+    with pytest.raises(FusionError, match="go round in a circle at v2"):
+        trace(world.hub, BASE)
+
+
+def test_weights_that_are_not_what_the_manifest_rebuilds_are_a_difference(world: World, tmp_path: Path) -> None:
+    world.rewrite("v1", WEIGHTS, lambda data: flip(data, 80_000))
+    (difference,) = reproduce(world.hub, BASE, "v1", tmp_path / "clean").differences
+    assert difference.startswith("model.safetensors has sha256") and "fusion.json says" in difference
+
+
+def test_a_manifest_too_large_to_be_one_is_not_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hubfusion.provenance as module
+
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    with pytest.raises(FusionError, match="fusion.json: .* bytes, at most 1000 are allowed"):
+        trace(world.hub, BASE)
+
+
+def test_a_download_with_other_bytes_than_listed_is_a_difference_of_verify(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupt(revision: Revision, file: Any, target: Path, *_: Any, **__: Any) -> Path:
+        raise Corrupt(f"{revision} {file.path}: the bytes do not have the hash that the Hub lists, twice")
+
+    monkeypatch.setattr(world.hub, "download", corrupt)
+    found = verify(world.hub, BASE, "v1", tmp_path).differences
+    assert len(found) == 3 and any("model.safetensors: the bytes" in d for d in found)
+
+
 # -- signatures: only where model-signing is installed ------------------------------------------------------------
 
 
@@ -193,6 +226,15 @@ def test_an_unsigned_version_and_a_file_too_many_do_not_pass_with_a_key(
     signed.tree(BASE, signed.hub.tagged[BASE]["v1"])["tokenizer.json"] = b"{}"
     (difference,) = verify(signed.hub, BASE, "v1", tmp_path / "b", public_key=keys[1]).differences
     assert "tokenizer.json" in difference
+
+
+def test_a_key_that_is_none_is_one_line(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    folder = write_folder(tmp_path / "folder", {"a": b"1"})
+    (tmp_path / "bad.pem").write_bytes(b"-----BEGIN NONSENSE-----")
+    with pytest.raises(FusionError, match="signature of .*folder: ValueError"):
+        sign(folder, tmp_path / "bad.pem")
+    with pytest.raises(FusionError, match="public key .*bad.pem: ValueError"):
+        check_signature(folder, tmp_path / "bad.pem")
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

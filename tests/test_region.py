@@ -18,7 +18,7 @@ def report(norms: list[float], cosines: list[list[float]], out: tuple[int, ...] 
         for r, n in zip(revisions, norms, strict=True)
     )
     rejected = tuple(Rejected(revisions[i], "x", Reason.OUTLIER, "too long") for i in out)
-    return Report(measures, tuple(tuple(row) for row in cosines), rejected, 3.0, 1000, 1)
+    return Report(measures, tuple(tuple(row) for row in cosines), rejected, 5.0, 1000, 1)
 
 
 def test_distances_to_the_centroid_of_a_right_angle() -> None:
@@ -30,6 +30,12 @@ def test_the_map_keeps_the_distances_of_three_points_in_a_plane() -> None:
     points = plane(report([3.0, 4.0], [[1, 0], [0, 1]]))
     far = np.linalg.norm(points[:, None] - points[None], axis=-1)
     assert far[0, 2] == pytest.approx(3) and far[1, 2] == pytest.approx(4) and far[0, 1] == pytest.approx(5)
+
+
+def test_one_boosted_update_does_not_press_the_others_into_a_point() -> None:
+    points = plane(report([3.0, 4.0, 3000.0], np.eye(3).tolist()))
+    far = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    assert far.max() < 10 and far[0, 1] > 1
 
 
 def test_related_updates_share_a_cluster_through_a_chain() -> None:

@@ -184,14 +184,27 @@ def test_a_rejected_model_costs_less_than_100_kb_even_when_its_header_promises_m
     assert 30_000 < hub.traffic < 100_000
 
 
-def test_an_accepted_model_takes_two_requests_and_no_weights() -> None:
+def test_what_the_hubs_scanners_warn_of_is_refused() -> None:
+    hub = FakeHub(warnings={"model.safetensors": "unsafe", "training_args.bin": "unsafe"})
+    base = publish_base(hub)
+    pushed = hub.add("ann/n", {"config.json": config(), "model.safetensors": weights(finetuned(base_tensors(), 1))})
+    found = finetune(hub, pushed, card(base.revision.sha))
+    assert refused(screen(hub, found, base, Policy())) == (
+        Reason.FLAGGED,
+        "model.safetensors: the Hub's scanners call it unsafe",
+    )
+    hub.warnings.pop("model.safetensors")  # what nobody reads does not count
+    assert isinstance(screen(hub, found, base, Policy()), Contribution)
+
+
+def test_an_accepted_model_takes_three_requests_and_no_weights() -> None:
     hub = FakeHub()
     base = publish_base(hub)
     big = weights(finetuned(base_tensors(), 1))
     pushed = hub.add("ann/n", {"config.json": config(), "model.safetensors": big})
     hub.traffic = hub.requests = 0
     assert isinstance(screen(hub, finetune(hub, pushed, card(base.revision.sha)), base, Policy()), Contribution)
-    assert hub.requests == 2
+    assert hub.requests == 3  # config, header, the Hub's own scans
     assert hub.traffic < 12_000 < len(big)
 
 
@@ -203,7 +216,7 @@ def test_a_header_longer_than_guessed_takes_one_more_request() -> None:
     pushed = hub.add("ann/n", {"config.json": config(), "model.safetensors": weights(tensors)})
     hub.requests = 0
     assert isinstance(screen(hub, finetune(hub, pushed, card(base.revision.sha)), base, Policy()), Contribution)
-    assert hub.requests == 3
+    assert hub.requests == 4
 
 
 def test_a_file_deleted_since_the_crawl_rejects_this_one_and_raises_nothing() -> None:

@@ -36,7 +36,7 @@ worst = 100
 """
 SUITE = """
 name = "tiny"
-datasets = [{ name = "news", repo = "texts/news" }, { name = "mail", repo = "texts/mail" }]
+datasets = [{ name = "news", repo = "demo/news" }, { name = "mail", repo = "demo/mail" }]
 """
 PROTOCOLS = """
 linear-probing = { examples = 40 }
@@ -93,8 +93,8 @@ def test_a_whole_iteration_through_the_real_commands(place: Place) -> None:
     manifest = manifest_at(hub, hub.resolve(BASE, "v1"))
     assert manifest is not None
     assert [(c.author, c.examples, c.datasets) for c in manifest.contributions] == [
-        ("alice", 54, ("texts/news",)),
-        ("bob", 54, ("texts/mail",)),
+        ("alice", 54, ("demo/news",)),
+        ("bob", 54, ("demo/mail",)),
     ]
     assert {(s.dataset, s.protocol) for s in manifest.candidate_scores} == {
         (d, p) for d in ("news", "mail") for p in ("linear-probing", "finetune")
@@ -110,5 +110,5 @@ def test_errors_are_one_line_and_an_exit_code(place: Place) -> None:
     with pytest.raises(FusionError, match=r"exit code 1: error: ibm/nothing@v0: HTTP 404"):
         options = ("--base", "ibm/nothing", "--license", "mit", "--revision", "v0")
         place.run("hubfusion", "tag", "alice/model", *options, user="alice")
-    with pytest.raises(FusionError, match=r"exit code 1: error: dataset nothing \(texts/nothing\)"):
+    with pytest.raises(FusionError, match=r"exit code 1: error: dataset nothing \(demo/nothing\)"):
         contribute(place, "carol", "nothing")

@@ -24,7 +24,9 @@ def run(application: typer.Typer, argv: list[str] | None = None) -> NoReturn:
     try:
         application(args=argv)
     except FusionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What a stranger wrote may be in the message; nothing in it may act on a terminal.
+        shown = "".join(c if c.isprintable() else "?" for c in str(error))
+        print(f"error: {shown}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 from hubfusion.cli import contribute as _contribute  # noqa: E402,F401
+from hubfusion.cli import evaluate as _evaluate  # noqa: E402,F401
 from hubfusion.cli import fuse as _fuse  # noqa: E402,F401
 from hubfusion.cli import hub as _hub  # noqa: E402,F401
 from hubfusion.cli import trust as _trust  # noqa: E402,F401

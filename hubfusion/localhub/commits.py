@@ -17,7 +17,7 @@ from hubfusion.localhub.refusal import STALE_PARENT, Refusal, missing_entry, mis
 from hubfusion.localhub.state import Hub
 from hubfusion.localhub.store.git import Change, Delete, GitRepo, Put, RefMoved, Signature, Snapshot
 from hubfusion.localhub.store.gitattributes import LfsPatterns, line_for
-from hubfusion.localhub.store.objects import Pointer
+from hubfusion.localhub.store.objects import Pointer, parse_pointer
 from hubfusion.localhub.store.repos import MAIN, Kind, Repo
 
 REGULAR_MAX = 10 << 20
@@ -74,13 +74,12 @@ def _read_operation(hub: Hub, repo: Repo, proposal: Proposal, key: object, value
         content = _decode(value)
         if len(content) > REGULAR_MAX:
             raise Refusal(413, f"{value.get('path')}: files over {REGULAR_MAX} bytes go to large file storage")
+        if pointer := parse_pointer(content):  # as from a clone without git-lfs
+            require_upload(hub, repo, str(value.get("path")), pointer.sha256, pointer.size)
         proposal.puts.append(Put(checked_path(value.get("path")), content))
     elif key == "lfsFile":
         path, oid = checked_path(value.get("path")), _text(value, "oid")
-        size = uploaded_size(hub, repo.number, oid)
-        if size is None or value.get("size", size) != size:
-            raise Refusal(400, f"{path}: object {oid[:64]} of {value.get('size')} bytes was not uploaded to this repo")
-        proposal.large.append((path, Pointer(oid, size)))
+        proposal.large.append((path, Pointer(oid, require_upload(hub, repo, path, oid, value.get("size")))))
     elif key == "deletedFile":
         proposal.deleted_files.append(checked_path(value.get("path")))
     elif key == "deletedFolder":
@@ -115,6 +114,14 @@ def uploaded_size(hub: Hub, repo_number: int, oid: str) -> int | None:
     """
     row = hub.db.row("SELECT size FROM objects WHERE repo = ? AND sha256 = ?", repo_number, oid)
     return int(row["size"]) if row and hub.objects.size(oid) == row["size"] else None
+
+
+def require_upload(hub: Hub, repo: Repo, path: str, oid: str, said: object) -> int:
+    """Bytes of an object for `path`; refuses one that was not uploaded to this repository or has another size."""
+    size = uploaded_size(hub, repo.number, oid)
+    if size is None or said not in (None, size):
+        raise Refusal(400, f"{path}: object {oid[:64]} of {said} bytes was not uploaded to this repo")
+    return size
 
 
 def record_upload(hub: Hub, repo_number: int, oid: str, size: int, xet: str = "") -> None:

@@ -43,7 +43,7 @@ def _likes(hub: Hub, repo: Repo) -> int:
     return int(row["n"]) if row else 0
 
 
-def _cheap(hub: Hub, repo: Repo, sha: str, facts: Facts) -> dict[str, Callable[[], Any]]:
+def _properties(hub: Hub, repo: Repo, sha: str, facts: Facts) -> dict[str, Callable[[], Any]]:
     return {
         "author": lambda: repo.namespace,
         "sha": lambda: sha,
@@ -89,7 +89,7 @@ _INFO = {
 
 def show(hub: Hub, repo: Repo, sha: str, wanted: list[str]) -> dict[str, Any]:
     """The wanted properties of a repository at one commit, without those that are empty."""
-    properties = _cheap(hub, repo, sha, facts_of(hub, repo, sha))
+    properties = _properties(hub, repo, sha, facts_of(hub, repo, sha))
     shown: dict[str, Any] = {"_id": f"{repo.number:024x}", "id": repo.id}
     if repo.kind is Kind.MODEL:
         shown["modelId"] = repo.id

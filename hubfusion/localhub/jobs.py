@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,11 +149,7 @@ class Jobs:
                 "message": None,
             }
             environment = {
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-                "LANG": "C.UTF-8",
-                "HOME": str(folder / "work"),
-                "HF_HOME": str(folder / "work" / ".cache"),
-                "HF_ENDPOINT": self._hub.endpoint,
+                **self._own_environment(folder / "work"),
                 "JOB_ID": key,
                 **extra,
                 **spec["environment"],
@@ -173,8 +170,19 @@ class Jobs:
                 return self._save(job | failed)
             self._running[key] = process
             self._save(job | {"stage": "RUNNING", "started": now, "finished": None})
+        threading.Thread(target=_reap, args=(process,), daemon=True).start()
         threading.Thread(target=self._follow, args=(key, process, spec["timeout"]), daemon=True).start()
         return job | {"stage": "RUNNING", "started": now, "finished": None}
+
+    def _own_environment(self, home: Path) -> dict[str, str]:
+        """What every job finds; of the Hub's own environment only PATH, behind this Python's programs."""
+        return {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "LANG": "C.UTF-8",
+            "HOME": str(home),
+            "HF_HOME": str(home / ".cache"),
+            "HF_ENDPOINT": self._hub.endpoint,
+        }
 
     def _follow(self, key: str, process: subprocess.Popen[bytes], seconds: float) -> None:
         timer = threading.Timer(seconds, self.cancel, (key, f"timeout after {seconds} s", "ERROR"))
@@ -206,10 +214,7 @@ class Jobs:
         if process is None or job is None or job["stage"] in TERMINAL:
             return
         self._save(job | {"stage": stage, "message": message, "finished": time.time()})
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        _kill(process)
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
@@ -243,3 +248,14 @@ class Jobs:
             "WEBHOOK_SECRET": hook["secret"] or "",
         }
         self.run(hook["owner"], hook["job"], {"type": "webhook", "id": hook["id"]}, extra)
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """A job is over when its first process is: what that left behind ends with it, as in a container."""
+    process.wait()
+    _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -55,6 +55,7 @@ class LocalHub:
     users: names and their tokens. orgs: organisations and the users that may write to them.
     port 0 takes a free one. A host other than loopback needs `expose=True`.
     faults: a plan of faults for tests, see `hubfusion.localhub.faults`.
+    `endpoint` is the URL for `HF_ENDPOINT` and `HfApi(endpoint=...)` on this machine.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LocalHub:
         except OSError as error:
             self.hub.close()
             raise HubError(f"{host}:{port}: {error.strerror}") from None
+        self.endpoint = self.hub.endpoint = _url(self._socket)
         app: ASGIApp = Router(self.hub, [area.routes for area in _AREAS])
         config = uvicorn.Config(
             app if faults is None else Faults(app, faults),
@@ -89,15 +91,10 @@ class LocalHub:
             http="h11",
             ws="none",
             server_header=False,
+            date_header=False,
         )
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
-
-    @property
-    def endpoint(self) -> str:
-        """The URL for `HF_ENDPOINT` and `HfApi(endpoint=...)`."""
-        host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def git_dir(self, repo_id: str, repo_type: str = "model") -> Path:
         """The bare git repository behind a repo, to read it with git itself."""
@@ -120,7 +117,6 @@ class LocalHub:
         raise HubError(f"{self.endpoint}: the server did not start in {_START_SECONDS:.0f} s")
 
     def _begin(self) -> None:
-        self.hub.endpoint = self.endpoint
         self._courier.start()
         self.hub.jobs.start()
 
@@ -180,3 +176,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -13,7 +13,8 @@ import re
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from email.utils import formatdate
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -50,7 +51,6 @@ class Call:
     url: str
     stream: AsyncIterator[bytes]
     body: IO[bytes] | None = None
-    extra: dict[str, str] = field(default_factory=dict)
 
     def raw(self) -> bytes:
         """The whole body."""
@@ -163,7 +163,8 @@ class Router:
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
-        limits = {"X-Request-Id": uuid.uuid4().hex}
+        # uvicorn's own Date may be seconds old; clients drop log lines that are younger than it.
+        limits = {"X-Request-Id": uuid.uuid4().hex, "Date": formatdate(usegmt=True)}
         try:
             response = await self._answer(request, limits)
         except Refusal as refusal:

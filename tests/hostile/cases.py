@@ -34,7 +34,7 @@ class Case:
     says: str
     files: Mapping[str, bytes | None] = field(default_factory=dict)
     front: Any = field(default_factory=dict)
-    listed: Callable[[tuple[RemoteFile, ...]], tuple[RemoteFile, ...]] = lambda files: files
+    listed: Callable[[tuple[RemoteFile, ...]], tuple[RemoteFile, ...]] | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
     tensors: Tensors | None = None
@@ -48,7 +48,12 @@ class Case:
         if isinstance(front, dict):
             front = card(base.revision.sha, **{k: _fill(v, base) for k, v in front.items()})
         found = finetune(hub, hub.add(repo, files), front, **self.found)
-        return finetune(hub, found.revision, front, **({"files": self.listed(found.files)} | dict(self.found)))
+        return finetune(
+            hub,
+            found.revision,
+            front,
+            **({"files": self.listed(found.files) if self.listed else found.files} | dict(self.found)),
+        )
 
 
 def _fill(value: Any, base: Base) -> Any:

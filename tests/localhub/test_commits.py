@@ -140,6 +140,13 @@ def test_an_object_that_was_not_uploaded_here_cannot_be_committed(world: World, 
     line = '{"key":"header","value":{"summary":"steal"}}\n{"key":"lfsFile","value":{"path":"w.bin","oid":"%s"}}'
     answer = post(world, f"/api/models/{repo}/commit/main", line % digest)
     assert answer.status_code == 400 and "was not uploaded to this repo" in answer.text
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 1000\n"
+    lines = [
+        {"key": "header", "value": {"summary": "steal"}},
+        {"key": "file", "value": {"path": "w.txt", "content": pointer}},
+    ]
+    answer = post(world, f"/api/models/{repo}/commit/main", "\n".join(map(json.dumps, lines)))
+    assert answer.status_code == 400 and "was not uploaded to this repo" in answer.text
     batch = json.dumps({"operation": "upload", "objects": [{"oid": digest, "size": 1000}]})
     offered = post(world, f"/{repo}.git/info/lfs/objects/batch", batch).json()["objects"][0]
     assert "upload" in offered["actions"]
@@ -162,7 +169,8 @@ def test_an_object_with_other_bytes_than_announced_is_refused(world: World, repo
     line = '{"key":"header","value":{"summary":"x"}}\n{"key":"lfsFile","value":{"path":"w.bin","oid":"%s"}}'
     assert post(world, f"/api/models/{repo}/commit/main", line % digest).status_code == 400
     assert get_session().put(href, content=good).status_code == 200
-    assert get_session().put(href[:-1] + ("1" if href[-1] == "0" else "0"), content=good).status_code == 403
+    forged = href[:-1] + ("1" if href.endswith("0") else "0")
+    assert get_session().put(forged, content=good).status_code == 403
     assert post(world, f"/api/models/{repo}/commit/main", line % digest).status_code == 200
 
 
@@ -231,3 +239,28 @@ def test_refs_cannot_be_moved_by_names_that_are_paths(world: World, repo: str) -
     for branch in ("..%2F..%2Fx", "refs%2Fheads%2Fmain", "a..b", "-x", "a.lock", "%00"):
         assert post(world, f"/api/models/{repo}/branch/{branch}", "{}").status_code == 400
     assert [b.name for b in world.ann.list_repo_refs(repo).branches] == ["main"]
+
+
+def test_pull_requests_opened_at_the_same_time_get_numbers_of_their_own(world: World, repo: str) -> None:
+    def propose(number: int) -> int:
+        operation = CommitOperationAdd(f"{number}.txt", b"1")
+        return int(world.bob.create_commit(repo, [operation], commit_message=f"{number}", create_pr=True).pr_num)
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(propose, range(8)))
+    assert sorted(numbers) == list(range(1, 9))
+    for wanted, num in enumerate(numbers):
+        assert f"{wanted}.txt" in world.ann.list_repo_files(repo, revision=f"refs/pr/{num}")
+
+
+def test_a_repository_made_by_many_at_once_is_made_once(world: World) -> None:
+    def make(_: int) -> int:
+        try:
+            world.ann.create_repo("ann/raced")
+        except HfHubHTTPError as error:
+            return int(error.response.status_code)
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(make, range(8)))
+    assert sorted(codes) == [200, *[409] * 7]

@@ -79,6 +79,12 @@ def test_cancelling_ends_the_job_and_its_children(running: World, tmp_path: Path
     assert not mark.exists()
 
 
+def test_a_job_is_over_with_its_first_process(running: World) -> None:
+    job = running.ann.run_job(image="x", command=["sh", "-c", "sleep 60 & echo left one behind"])
+    assert finish(running.ann, job) == "COMPLETED"
+    assert list(running.ann.fetch_job_logs(job_id=job.id)) == ["left one behind"]
+
+
 def test_logs_are_followed_while_the_job_runs(running: World) -> None:
     job = run(running.ann, "import time\nfor n in range(3): print(n, flush=True); time.sleep(0.3)")
     assert list(running.ann.fetch_job_logs(job_id=job.id, follow=True)) == ["0", "1", "2"]

@@ -144,7 +144,7 @@ def test_a_base_counts_its_children_and_a_dataset_ranks_its_models(world: World)
     assert world.anon.model_info("ann/high", expand=["evalResults"]).eval_results[0].value == 0.75
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_listing_costs_no_git_once_the_facts_are_known(tmp_path: Path, count: int, monkeypatch) -> None:
     with LocalHub(tmp_path, USERS) as hub:
         for n in range(count):

@@ -123,11 +123,9 @@ def logs(call: Call) -> Response:
 
 
 async def _events(call: Call, key: str, tail: int | None) -> AsyncIterator[str]:
-    path, at, quiet = call.hub.jobs.log_path(key), 0, 0.0
+    at, quiet = 0, 0.0
     while True:
-        job = call.hub.db.document("job", key)
-        over = (job is None or job["stage"] in TERMINAL) and key not in call.hub.jobs.running()
-        lines, at = await asyncio.to_thread(_new_lines, path, at)
+        over, lines, at = await asyncio.to_thread(_progress, call, key, at)
         for line in lines[-tail:] if tail else lines if tail is None else []:
             yield f"data: {line}\n\n"
         tail = None
@@ -138,6 +136,13 @@ async def _events(call: Call, key: str, tail: int | None) -> AsyncIterator[str]:
             quiet = 0.0
             yield ": keep-alive\n\n"
         await asyncio.sleep(_POLL_SECONDS)
+
+
+def _progress(call: Call, key: str, at: int) -> tuple[bool, list[str], int]:
+    """Whether a job is over, the lines after `at`, and where they end; asked in this order, so that none is missed."""
+    job = call.hub.db.document("job", key)
+    over = (job is None or job["stage"] in TERMINAL) and key not in call.hub.jobs.running()
+    return over, *_new_lines(call.hub.jobs.log_path(key), at)
 
 
 def _new_lines(path: Path, at: int) -> tuple[list[str], int]:

@@ -13,7 +13,6 @@ from hubfusion.localhub.store.objects import POINTER_MAX, Pointer, parse_pointer
 from hubfusion.localhub.store.recent import Recent
 
 NOTHING = "0" * 40
-EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 ENVIRONMENT = {
     "PATH": os.environ.get("PATH", os.defpath),
@@ -320,7 +319,7 @@ _CONFIG = """[core]
 	repositoryformatversion = 0
 	filemode = true
 	bare = true
-	fsync = committed
+	fsync = committed,reference
 [gc]
 	auto = 0
 """
