@@ -91,13 +91,15 @@ class Settings:
     """How the work is done: on the CPU none of it changes a byte of the result.
 
     ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
-    there, a piece at a time, with the device's own rounding of sums and products.
+    there, a piece at a time, with the device's own rounding of sums and products. ``digest`` False saves reading the
+    output once more for its sha256.
     """
 
     device: str | None = None
     threads: int = THREADS
     chunk: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
+    digest: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +161,8 @@ def fuse(
         specs = list(models.base.parameters.values())
         steps = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with (
-            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes) as writing,
-            open_stepping(plan.outer, dict(plan.outer_options), state, out, steps) as stepping,
+            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
+            open_stepping(plan.outer, dict(plan.outer_options), state, out, steps, settings.digest) as stepping,
         ):
             work = _Work(plan, models, writing, stepping, keywords, settings.device, on_event)
             work.copy_kept()

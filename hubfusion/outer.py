@@ -195,7 +195,7 @@ class Stepping:
 
 @contextmanager
 def open_stepping(
-    name: str, options: Mapping[str, Any], last: Path | None, out: Path, parameters: Sequence[Parameter]
+    name: str, options: Mapping[str, Any], last: Path | None, out: Path, parameters: Sequence[Parameter], digest: bool
 ) -> Iterator[Stepping]:
     """Open the last state (None: the first iteration) and write the next to ``out``, whole or not at all.
 
@@ -208,7 +208,7 @@ def open_stepping(
         specs = [Parameter(f"{s}.{p.name}", p.dtype, p.shape, p.file) for s in outer.slots for p in parameters]
         if state is not None:
             _check_state(name, outer, state, specs)
-        writing = stack.enter_context(write_checkpoint(out, specs, single=STATE_FILE)) if specs else None
+        writing = stack.enter_context(write_checkpoint(out, specs, single=STATE_FILE, digest=digest)) if specs else None
         yield Stepping(outer, options, state, writing)
 
 

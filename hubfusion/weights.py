@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,11 +170,11 @@ def _read_specs(file: Path, descriptor: int) -> list[Parameter]:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A file of a finished checkpoint: its name in the folder, bytes and sha256."""
+    """A file of a finished checkpoint: its name in the folder, bytes and sha256 (None when nobody asked for it)."""
 
     name: str
     size: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(slots=True)
@@ -261,7 +261,7 @@ def write_checkpoint(
     *,
     single: str = SINGLE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    digest: Callable[[Path], str] | None = None,
+    digest: bool = True,
 ) -> Iterator[Writing]:
     """Write a checkpoint into ``folder``: all of it or nothing, replacing an older one whole.
 
@@ -277,7 +277,7 @@ def write_checkpoint(
         try:
             yield writing
             writing.written = tuple(
-                WrittenFile(f.name, f.stat().st_size, (digest or sha256_of)(f)) for f in writing.descriptors
+                WrittenFile(f.name, f.stat().st_size, sha256_of(f) if digest else None) for f in writing.descriptors
             )
         finally:
             for descriptor in writing.descriptors.values():

@@ -30,13 +30,8 @@ def test_leave_one_out_names_the_input_that_harms():
 def test_scores_of_real_fuses_keep_each_inputs_coefficient(tmp_path):
     base = save(tmp_path / "base", {"w": np.zeros(1, np.float32)})
     inputs = [save(tmp_path / str(i), {"w": np.array([v], np.float32)}) for i, v in enumerate((1.0, 4.0, -8.0))]
-    score = fuse_score(
-        Plan(("a", "b", "c"), (3.0, 1.0, 1.0)),
-        base,
-        inputs,
-        tmp_path / "out",
-        lambda p: -abs(float(load(p)["w"][0]) - 2),
-    )
+    plan = Plan(("a", "b", "c"), (3.0, 1.0, 1.0))
+    score = fuse_score(plan, base, inputs, tmp_path / "out", lambda p: -abs(float(load(p)["w"][0]) - 2))
     assert score((0, 1)) == pytest.approx(-0.25)
     assert greedy_soup(3, score).taken == (0, 1)
     # all: -0.2, without a: -2, without b: -1.25, without c: 1.75; the score is minus the distance to 2

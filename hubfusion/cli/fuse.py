@@ -34,6 +34,7 @@ def fuse(
     device: Annotated[str | None, typer.Option(help="Torch device; numpy on the CPU without it.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="As in transformers: 5GB, 500MB.")] = "50GB",
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    digest: Annotated[bool, typer.Option(help="Put the sha256 of what was written into fusion.json.")] = True,
     endpoint: Annotated[str, typer.Option(envvar="HF_ENDPOINT", help="The Hub for ids.")] = "https://huggingface.co",
 ) -> None:
     """Fuse finetunes into their base; write weights, recipe, manifest and card."""
@@ -47,7 +48,7 @@ def fuse(
         recipe = _from_file(Path(names[0]), method, scale, coefficients, outer, extra)
     else:
         recipe = _from_arguments(names, method, scale, coefficients, (outer, state), extra)
-    settings = engine.Settings(device=device, threads=threads, max_shard_bytes=_bytes(max_shard_size))
+    settings = engine.Settings(device=device, threads=threads, max_shard_bytes=_bytes(max_shard_size), digest=digest)
     with fetched(recipe, endpoint, os.environ.get("HF_TOKEN")) as (recipe, base, inputs):
         if coefficients == "inverse-norm" and len(names) > 1:
             recipe = _inverse_norm(recipe, base, inputs)
