@@ -109,7 +109,7 @@ def judge(
     """Screen every finetune from its metadata and headers; those beyond the caps of one iteration wait or are told."""
     if not finetunes:
         return (), ()
-    base = read_base(run.reader, release.revision, release.version, release.versions)
+    base = read_base(run.reader, release.revision, release.version, {**release.versions, release.head: release.version})
     contributions: list[Contribution] = []
     rejected: list[Rejected] = []
     for finetune in finetunes:

@@ -65,12 +65,14 @@ class Outcome:
 
 def work(job: Job, folder: Path) -> Outcome:
     """Examine, fuse and evaluate; ``folder`` gets the candidate."""
+    from hubfusion.region import draw
     from hubfusion.soundness import clip_factors, examine
 
     folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))
     pairs = [(c, folders[c.revision]) for c in job.contributions]
     report = examine(Path(job.base_folder), pairs, tag=job.base_tag)
     (folder / "soundness.json").write_text(dumps(report))
+    (folder / "weight-space.svg").write_text(draw(report))
     accepted = set(report.accepted)
     sound = tuple(c for c in job.contributions if c.revision in accepted)
     if len(sound) < job.fuse.at_least:

@@ -197,6 +197,8 @@ class HubClient:
         for attempt in range(self._tries):
             try:
                 sha = self._send(repo, change, kind)
+            except ValueError as error:  # the client checks a card's metadata before it sends anything
+                raise HubError(f"commit to {repo}: {_reason(error)}") from None
             except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
                 if landed := self._landed(repo, change, kind):
                     return landed
