@@ -28,11 +28,11 @@ WHEELS = Path(".cache/wheels")
 STARTED = time.monotonic()
 
 # Who finetunes what: the same five people in both iterations, on other examples of their data the second time.
-# Nobody trains on friends: it is the unseen dataset.
+# Nobody trains on election_tweets: it is the unseen dataset.
 HONEST = (
     ("alice", "newsgroups"),
     ("bob", "reuters_r8"),
-    ("carol", "election_tweets"),
+    ("carol", "friends"),
     ("dave", "reuters_r52"),
     ("erin", "newsgroups"),
 )
