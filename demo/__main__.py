@@ -78,7 +78,9 @@ def main() -> int:
         problems = [str(error)]
     for problem in problems:
         say(f"not as promised: {problem}")
-    say("failed" if problems else f"done; the Hub is in {RUN}/hub: git -C {RUN}/hub/… log, or serve it again")
+    say(
+        "failed" if problems else f"done; serve its Hub again with: hubfusion hub serve --dir {RUN}/hub --user me:hf_me"
+    )
     return 1 if problems else 0
 
 

@@ -171,8 +171,13 @@ def final_table(place: Place) -> None:
         if isinstance(event, Judged):
             reasons.add_row(Text(event.finetune.repo), event.reason, Text(visible(event.detail)))
     console.print(reasons)
+    names = {sha: name for name, sha in hub.tags(BASE).items()}
+    print(f"\nThe history of {BASE}, newest first:")
+    for commit in hub.history(BASE):
+        print(f"  {commit.sha[:12]} {names.get(commit.sha, ''):3} {commit.title}")
     newest = ledger.promotions[-1].version if ledger.promotions else "v0"
-    print("\nfrom transformers import AutoModel, AutoTokenizer")
+    print("\nLoad it (on this Hub: while it is served and HF_ENDPOINT says where):\n")
+    print("from transformers import AutoModel, AutoTokenizer")
     print(f'model = AutoModel.from_pretrained("{BASE}", revision="{newest}")')
     print(f'tokenizer = AutoTokenizer.from_pretrained("{BASE}", revision="{newest}")')
 
