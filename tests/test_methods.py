@@ -365,7 +365,7 @@ def test_draws_are_the_same_in_whatever_pieces_they_are_asked_for():
         (lambda: slerp(D, [1, 1, 1]), "slerp: exactly 2 inputs are needed, got 3"),
         (lambda: model_stock(D[:1], [1]), "model_stock: at least 2 inputs are needed, got 1"),
         (lambda: median(D, [1, 2, 1]), "median: coefficients must be equal and positive"),
-        (lambda: trimmed_mean(D, [1, 1, 1], trim=0.5), "trimmed_mean: trim must be in"),
+        (lambda: trimmed_mean(D, [1, 1, 1], trim=0.5), r"trimmed_mean: trim must be in \[0, 0.5\), got 0.5"),
         (lambda: multi_krum(D, [1, 1, 1], faulty=1), r"multi_krum: faulty must be in \[0, 0\] with 3 inputs, got 1"),
         (lambda: average(D, [1, 1, -2]), "average: coefficients must have a positive sum, got 0"),
         (lambda: average(D, [1, 1, 1], norm="max"), "norm must be one of keep, clip, equal, got 'max'"),

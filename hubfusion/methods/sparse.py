@@ -296,7 +296,7 @@ def breadcrumbs(
 
 def check_band(density: float, gamma: float) -> None:
     """Refuse a density and an outlier share that do not fit together."""
-    in_range("breadcrumbs", "gamma", gamma, 0, 0.999)
+    in_range("breadcrumbs", "gamma", gamma, 0, 1, open_high=True)
     in_range("breadcrumbs", "density", density, 0, 1 - gamma, open_low=True)
 
 
