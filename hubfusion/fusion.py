@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import hubfusion
 from hubfusion.fuse import Fused
 from hubfusion.lineage import dumps
 from hubfusion.methods import METHODS
+from hubfusion.outer import OUTERS
 from hubfusion.recipes import FuseRecipe, write_recipe
 from hubfusion.weights import MANIFEST
 
@@ -57,6 +59,52 @@ def manifest_text(recipe: FuseRecipe, fused: Fused) -> str:
         "files": list(fused.files),
     }
     return dumps(data)
+
+
+def methods_markdown() -> str:
+    """The text of ``docs/methods.md``: what holds for all methods, then each docstring without its example."""
+    parts = [METHODS_HEAD]
+    for title, table in (("Methods", METHODS), ("Outer optimizers", OUTERS)):
+        parts.append(f"## {title}\n")
+        for name, entry in table.items():
+            text = inspect.cleandoc(entry.function.__doc__ or "").split("\n>>>")[0].rstrip()
+            summary, _, rest = text.partition("\n\n")
+            options = ", ".join(f"`{k}` = {v}" for k, v in entry.options.items()) or "none"
+            parts.append(f"### `{name}`\n\n{summary} Options: {options}.\n\n```text\n{rest}\n```\n")
+    return "\n".join(parts)
+
+
+METHODS_HEAD = """# Fuse methods
+
+This page is printed by `hubfusion methods --markdown`; the text is that of the functions themselves.
+
+τ_i (or δ_i) is the delta of input i, finetune − base, of one parameter or of the model; α_i its coefficient; k the
+number of inputs; λ the recipe's `scale`, applied once to the fused delta δ. An outer optimizer then turns δ into the
+step from base revision to base revision (`plain`: the base plus δ).
+
+What holds for all of them:
+
+- **Precision.** Deltas and sums are float32 (float64 when any file is); the result is rounded once, to nearest even, to
+  the base's dtype. An average of finetunes is off by half a unit in the last place plus the rounding of the deltas' sum
+  (hundredths of a unit where deltas are a hundredth of the parameters); over 99 % of entries are correctly rounded.
+- **Same recipe, same bytes**, whatever the number of threads, the size of pieces, the shards or the order in which
+  inputs come: inputs are added in a canonical order (by their names: `owner/name@sha`, or the path of a folder), first
+  passes sum in float64 over fixed blocks, and random draws depend on the seed, the input's place in that order, the
+  parameter and the entry. On a torch device the device's own rounding applies. GPU figures have not been measured.
+- **Memory** is bounded by pieces that fit a core's cache; it grows neither with the number of inputs nor with the
+  model. Exceptions: `regmean`, `iso_c` and `tsv` hold one parameter of all inputs (and its float64 copies); `della`
+  holds whole rows.
+- **Two passes** where a method needs to know the model first: `ties` (exact thresholds by counting, no sort),
+  `breadcrumbs`, `sce`, and everything that needs inner products or norms (`model_stock`, `slerp`, `karcher`,
+  `geometric_median`, `multi_krum`, and `norm` other than "keep").
+- **What is fused.** Parameters of the base that every input has. Task heads never; the base's own pretraining head and
+  pooler are kept as they are when an input lacks them; integer buffers must equal the base's or be absent. A trunk
+  parameter that is missing, foreign or of another shape is an error before anything is written. Values that are not
+  finite are refused with file, parameter and entry.
+- **mergekit's YAML** is read for the methods that both have, with our formulas: the same names, not the same bytes. Its
+  `ties` trims each tensor (`scope` "parameter" here) and counts a zero vote as positive; its `dare` rescales to the L1
+  norm; its `della` and `dare_ties` add without dividing (`combine` "sum"); its `slerp` is linear above |cos| 0.9995.
+"""
 
 
 def card_text(recipe: FuseRecipe, fused: Fused) -> str:

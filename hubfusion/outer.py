@@ -89,7 +89,7 @@ def fedadam(
     [0.5]
     """
     _check_step("fedadam", lr, beta1)
-    in_range("fedadam", "beta2", beta2, 0, 1 - 1e-9)
+    in_range("fedadam", "beta2", beta2, 0, 1, open_high=True)
     in_range("fedadam", "tau", tau, 0, float("inf"), open_low=True)
     m = state["m"] * beta1 + delta * (1 - beta1)
     v = state["v"] * beta2 + delta * delta * (1 - beta2)
@@ -108,7 +108,7 @@ def ema(
     >>> ema(np.asarray([2.0]), np.asarray([1.0]), {"ema": np.asarray([0.0])}, decay=0.5, deploy=True)[0].tolist()
     [0.5]
     """
-    in_range("ema", "decay", decay, 0, 1 - 1e-9)
+    in_range("ema", "decay", decay, 0, 1, open_high=True)
     mean = state["ema"] * decay + (base + delta) * (1 - decay)
     return (mean - base if deploy else delta), {"ema": mean}
 
@@ -128,7 +128,7 @@ def liti(delta: Array, base: Array, state: State, *, eta: float = 0.3) -> tuple[
 
 def _check_step(where: str, lr: float, beta: float) -> None:
     in_range(where, "lr", lr, 0, float("inf"), open_low=True)
-    in_range(where, "beta" if where != "fedadam" else "beta1", beta, 0, 1 - 1e-9)
+    in_range(where, "beta" if where != "fedadam" else "beta1", beta, 0, 1, open_high=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,11 @@ def _narrow(sample: Array, share: float, low: float, high: float) -> tuple[float
     sample.sort()
     upper = float(sample[size - 1 - first]) if first >= 0 else high
     lower = float(sample[size - 1 - last]) if last < size else low
-    return (lower, upper) if (lower, upper) != (low, high) else (lower, float(sample[size // 2]))
+    if (lower, upper) != (low, high):
+        return lower, upper
+    # Very many equal numbers: ask for one of them alone. Whatever the answer, it leaves the known range.
+    pivot = float(sample[min(size - 1, max(0, size - 1 - math.floor(middle)))])
+    return pivot, pivot
 
 
 def _count(stream: Stream, low: float, high: float, max_held: int) -> _Bracket:

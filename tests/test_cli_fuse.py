@@ -40,6 +40,12 @@ def test_methods_lists_every_method_and_outer_optimizer_with_its_options(capsys)
     assert any(line.startswith("  ties ") and "density=0.2" in line for line in lines)
 
 
+def test_the_methods_page_is_what_the_command_prints(capsys):
+    assert run("methods", "--markdown") == 0
+    page = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+    assert page.read_text(encoding="utf-8") == capsys.readouterr().out
+
+
 def test_a_fuse_of_folders_leaves_weights_config_recipe_manifest_and_card(models, tmp_path, capsys):
     base, inputs = models
     out = tmp_path / "out"

@@ -204,3 +204,13 @@ def test_memory_does_not_grow_with_inputs_or_model(tmp_path):
     for method in ("average", "dare_ties"):
         small, wide, large = peak(4 << 20, 2, method), peak(4 << 20, 24, method), peak(12 << 20, 2, method)
         assert wide < small + 12 and large < small + 8
+
+
+def test_ties_of_a_finetune_with_frozen_layers_keeps_every_change(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("hubfusion.selection.MAX_HELD", 999)
+    base = models[0]
+    start = load(base)
+    changed = {**start, "b": start["b"] + np.float32(0.5)}  # 130 of 40 thousand entries; density 0.2 asks for more
+    fuse(plan_for("ties", 1), base, [save(tmp_path / "frozen", changed)], tmp_path / "out")
+    out = load(tmp_path / "out")
+    assert all(np.array_equal(out[n], changed[n]) for n in SHAPES)

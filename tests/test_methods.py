@@ -344,6 +344,21 @@ def test_della_keeps_large_entries_more_often_and_rescales_each_by_its_own_proba
     assert np.unique(np.round(factors, 3)).tolist() == pytest.approx([1.538, 1.818, 2.222, 2.857], abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (4, 9), (2, 3, 5), (2, 300)])
+def test_della_of_one_input_entry_by_entry(shape, dtype):
+    rng = np.random.default_rng(2)
+    delta, draws = rng.standard_normal(shape).astype(dtype), rng.integers(0, 65536, shape)
+    result = della(delta[None], [1.0], density=0.6, epsilon=0.3, draws=draws[None])
+    columns = shape[-1] if shape else 1
+    for row, drawn, got in zip(*(np.reshape(a, (-1, columns)) for a in (delta, draws, result)), strict=True):
+        sizes = np.abs(row).astype(np.float32).view(np.uint32) >> 15
+        for rank, column in enumerate(sorted(range(columns), key=lambda c: (sizes[c], c))):
+            keep = round((0.6 - 0.15 + 0.3 * (rank + 0.5) / columns) * 65536)
+            wanted = float(row[column]) * 65536 / keep if drawn[column] < keep else 0.0
+            assert float(got[column]) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_draws_are_the_same_in_whatever_pieces_they_are_asked_for():
     whole = draw(7, 2, "layer.weight", 0, 1000)
     for first, last in ((0, 1), (3, 10), (4, 4), (511, 1000)):
@@ -365,7 +380,7 @@ def test_draws_are_the_same_in_whatever_pieces_they_are_asked_for():
         (lambda: slerp(D, [1, 1, 1]), "slerp: exactly 2 inputs are needed, got 3"),
         (lambda: model_stock(D[:1], [1]), "model_stock: at least 2 inputs are needed, got 1"),
         (lambda: median(D, [1, 2, 1]), "median: coefficients must be equal and positive"),
-        (lambda: trimmed_mean(D, [1, 1, 1], trim=0.5), "trimmed_mean: trim must be in"),
+        (lambda: trimmed_mean(D, [1, 1, 1], trim=0.5), r"trimmed_mean: trim must be in \[0, 0.5\), got 0.5"),
         (lambda: multi_krum(D, [1, 1, 1], faulty=1), r"multi_krum: faulty must be in \[0, 0\] with 3 inputs, got 1"),
         (lambda: average(D, [1, 1, -2]), "average: coefficients must have a positive sum, got 0"),
         (lambda: average(D, [1, 1, 1], norm="max"), "norm must be one of keep, clip, equal, got 'max'"),

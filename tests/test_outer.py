@@ -117,7 +117,7 @@ def test_a_state_of_another_optimizer_or_shape_is_refused(tmp_path):
     [
         ("sgd", {}, "outer must be one of ema, fedadam, liti, momentum, nesterov, plain, got 'sgd'"),
         ("plain", {"lr": 0.0}, r"plain: lr must be in \(0, inf\), got 0"),
-        ("nesterov", {"beta": 1.0}, r"nesterov: beta must be in \[0, 1\], got 1"),
+        ("nesterov", {"beta": 1.0}, r"nesterov: beta must be in \[0, 1\), got 1"),
         ("liti", {"eta": 0.0}, r"liti: eta must be in \(0, 1\], got 0"),
         ("ema", {"deploy": 1}, "ema: deploy must be true or false, got 1"),
     ],

@@ -151,11 +151,17 @@ def _bytes(text: str) -> int:
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option(help="Print every formula and its departures: docs/methods.md.")] = False,
+) -> None:
     """List the fuse methods and the outer optimizers, one line each."""
+    from hubfusion.fusion import methods_markdown
     from hubfusion.methods import METHODS
     from hubfusion.outer import OUTERS
 
+    if markdown:
+        print(methods_markdown(), end="")
+        return
     for title, table in (("method", METHODS), ("outer optimizer", OUTERS)):
         print(f"{title:16} what it does (options and defaults)")
         for name, entry in table.items():

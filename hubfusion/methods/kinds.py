@@ -91,12 +91,15 @@ def share(coefficients: Array, where: str) -> list[float]:
     return [v / total for v in values]
 
 
-def in_range(where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+def in_range(
+    where: str, name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
     """Refuse an option outside its range with the sentence ``ties: density must be in (0, 1], got 0``."""
-    inside = (low < value if open_low else low <= value) and value <= high
-    if not inside or isinstance(value, bool):
-        brackets = ("(" if open_low else "[", ")" if high == math.inf else "]")
-        raise RecipeError(f"{where}: {name} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}, got {value:g}")
+    above = low < value if open_low else low <= value
+    below = value < high if open_high or high == math.inf else value <= high
+    if not (above and below) or isinstance(value, bool):
+        left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+        raise RecipeError(f"{where}: {name} must be in {left}{low:g}, {high:g}{right}, got {value:g}")
 
 
 def one_of(where: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

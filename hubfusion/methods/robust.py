@@ -71,7 +71,7 @@ def trimmed_mean(
     >>> trimmed_mean(np.asarray([[1.0], [2.0], [3.0], [90.0]]), [1] * 4, trim=0.25, norm="keep").tolist()
     [2.5]
     """
-    in_range("trimmed_mean", "trim", trim, 0, 0.4999)
+    in_range("trimmed_mean", "trim", trim, 0, 0.5, open_high=True)
     _uniform("trimmed_mean", coefficients)
     deltas = _treated(deltas, norm, norms)
     rows = deltas.shape[0]

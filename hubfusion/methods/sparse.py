@@ -214,8 +214,10 @@ def della(
     τ̂_i = m_i ∘ τ_i / p_r, m_i ~ Bernoulli(p_r); then as `ties`
 
     Paper: DELLA-Merging (MagPrune), arXiv 2406.11617. Departures: the ½ makes the mean keep probability exactly
-    ``density``; p_r is rounded to a multiple of 2^-16 (at least one); equal magnitudes are ranked by position; a row
-    is the last axis, a parameter of one axis is one row. Density in (0, 1] and 0 ≤ ε ≤ 2 min(density, 1 − density).
+    ``density``; p_r is rounded to a multiple of 2^-16 (at least one); magnitudes are ranked by their first 9
+    significant bits, equal ones by position (a radix sort, four times as fast as an exact one, and p_r of neighbours
+    differs by ε / n only); a row is the last axis, a parameter of one axis is one row.
+    Density in (0, 1] and 0 ≤ ε ≤ 2 min(density, 1 − density).
 
     >>> della(np.asarray([[3.0, -1.0], [1.0, 5.0]]), [1, 1], density=1.0, epsilon=0.0).tolist()
     [2.0, 5.0]
@@ -241,23 +243,21 @@ def della(
 
 
 def by_rank(magnitudes: Array, values: Any) -> Array:
-    """Give each entry ``values[its rank in its row]``: rank 0 is the smallest, equal entries rank by position."""
+    """Give each entry ``values[its rank in its row]``: rank 0 is the smallest.
+
+    Numbers are compared by the first 16 bits of their float32 (9 significant bits); equal ones rank by position.
+    """
     xp = namespace(magnitudes)
-    if magnitudes.ndim == 0:
-        return xp.asarray(values[0], dtype=xp.float32) + magnitudes * 0
-    columns = magnitudes.shape[-1]
-    if not isinstance(magnitudes, np.ndarray) or magnitudes.dtype != np.float32:
-        ranks = xp.argsort(xp.argsort(magnitudes, axis=-1, stable=True), axis=-1, stable=True)
-        return xp.take(xp.asarray(values), xp.reshape(ranks, (-1,))).reshape(magnitudes.shape)
-    # numpy's argsort is slow: sort |value| and column together as one 64-bit number, then send the values home.
-    keys = magnitudes.reshape(-1, columns).view(np.uint32).astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= np.arange(columns, dtype=np.uint64)
-    keys.sort(axis=-1)
-    keys &= np.uint64(0xFFFFFFFF)
-    keys += (np.arange(len(keys), dtype=np.uint64) * np.uint64(columns))[:, None]
-    placed = np.empty(keys.shape, np.float32)
-    placed.reshape(-1)[keys.view(np.int64)] = values
+    columns = magnitudes.shape[-1] if magnitudes.ndim else 1
+    rows = xp.astype(xp.reshape(magnitudes, (-1, columns)), xp.float32)
+    if not isinstance(rows, np.ndarray):
+        ranks = xp.argsort(xp.argsort(rows.view(xp.int32) >> 15, axis=-1, stable=True), axis=-1, stable=True)
+        return xp.reshape(xp.take(xp.asarray(values), xp.reshape(ranks, (-1,))), magnitudes.shape)
+    keys = (rows.view(np.uint32) >> np.uint32(15)).astype(np.uint16)  # 16 bits: numpy has a radix sort for them
+    order = np.argsort(keys, axis=-1, kind="stable")
+    order += (np.arange(len(order)) * columns)[:, None]
+    placed = np.empty(rows.size, np.float32)
+    placed[order.reshape(-1)] = np.broadcast_to(values, order.shape).reshape(-1)
     return placed.reshape(magnitudes.shape)
 
 
@@ -296,7 +296,7 @@ def breadcrumbs(
 
 def check_band(density: float, gamma: float) -> None:
     """Refuse a density and an outlier share that do not fit together."""
-    in_range("breadcrumbs", "gamma", gamma, 0, 0.999)
+    in_range("breadcrumbs", "gamma", gamma, 0, 1, open_high=True)
     in_range("breadcrumbs", "density", density, 0, 1 - gamma, open_low=True)
 
 
