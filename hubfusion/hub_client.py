@@ -29,13 +29,14 @@ LONGEST_WAIT = 60.0
 WARNINGS = {"suspicious", "unsafe"}
 RETRIED = {408, 429, 500, 502, 503, 504}
 LISTED = ["sha", "lastModified", "tags", "gated"]
-_hosts: set[str] = set()
+_homes: dict[str, set[str]] = {}  # each token that we were given, and the hosts that we were given it for
 
 
 def _keep_token_home(request: httpx.Request) -> None:
-    """Take the token off requests to any host that we did not connect to (page links and redirects may leave)."""
-    if request.url.netloc.decode() not in _hosts:
-        request.headers.pop("authorization", None)
+    """Take our tokens off requests to any host but their own (page links and redirects may lead elsewhere)."""
+    homes = _homes.get(request.headers.get("authorization", "").removeprefix("Bearer "))
+    if homes is not None and request.url.netloc.decode() not in homes:
+        del request.headers["authorization"]
 
 
 def _refuse_long_wait(response: httpx.Response) -> None:
@@ -61,9 +62,9 @@ class HubClient:
         self.endpoint = endpoint.rstrip("/")
         self._api = HfApi(endpoint=self.endpoint, token=token or False)
         self._tries = tries
-        if not _hosts:
+        if not _homes:
             set_client_factory(_new_session)
-        _hosts.add(parts.netloc)
+        _homes.setdefault(token or "", set()).add(parts.netloc)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
