@@ -48,8 +48,8 @@ class LocalHub:
     >>> import tempfile
     >>> from huggingface_hub import HfApi
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...     with LocalHub(Path(directory), users={"ann": "hf_ann"}) as hub:
-    ...         HfApi(endpoint=hub.endpoint, token="hf_ann").whoami()["name"]
+    ...     with LocalHub(Path(directory), users={"ann": "hf_ann_1"}) as hub:
+    ...         HfApi(endpoint=hub.endpoint, token="hf_ann_1").whoami()["name"]
     'ann'
 
     users: names and their tokens. orgs: organisations and the users that may write to them.
