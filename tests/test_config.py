@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bot.config import read_access, read_config, read_plan
+from hubfusion.errors import FusionError
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = 'base = "a/b"\nledger = "a/l"\nranking = "a/r"\n[evaluate]\nsuite = "offline"\n'
+
+
+@pytest.mark.parametrize("file", ["bot.toml", "demo/bot.toml"])
+def test_the_settings_that_ship_are_read_and_their_suites_and_protocols_exist(file: str) -> None:
+    config = read_config(ROOT / file)
+    suite, protocols = read_plan(config.evaluate)
+    assert config.base == "ibm/ColD-Fusion"
+    assert suite.datasets and [p.name for p in protocols] == ["linear-probing", "finetune"]
+
+
+def test_what_is_not_said_has_safe_values(tmp_path: Path) -> None:
+    (tmp_path / "bot.toml").write_text(LEAST)
+    config = read_config(tmp_path / "bot.toml")
+    assert (config.fuse.method, config.fuse.clip, config.fuse.at_least) == ("average", True, 2)
+    assert (config.gate.mean, config.gate.worst) == (0.5, 3.0)
+
+
+def test_files_are_found_beside_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('name = "mine"\ndatasets = [{ name = "d", repo = "a/d" }]\n')
+    (tmp_path / "bot.toml").write_text(LEAST.replace('"offline"', '"mine.toml"'))
+    suite, _ = read_plan(read_config(tmp_path / "bot.toml").evaluate)
+    assert suite.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LEAST + "[fuse]\nmethd = 'ties'\n", r"bot\.toml\.fuse: unknown key 'methd', allowed are method, options"),
+        (LEAST + "[fuse]\nclip = 'yes'\n", r"bot\.toml\.fuse\.clip: true or false is needed, got 'yes'"),
+        (LEAST + "[gate]\nmean = -1\n", r"gate\.mean must be at least 0 points, got -1"),
+        ("base = 'a/b'\n", r"key 'ledger' is missing"),
+        ("base = \n", r"bot\.toml: not TOML"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named_with_their_place(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bot.toml").write_text(text)
+    with pytest.raises(FusionError, match=message):
+        read_config(tmp_path / "bot.toml")
+
+
+def test_settings_that_are_not_there_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match=r"bot\.toml: cannot be read: No such file"):
+        read_config(tmp_path / "bot.toml")
+
+
+def test_a_suite_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bot.toml").write_text(LEAST.replace('"offline"', '"nothing"'))
+    with pytest.raises(FusionError, match="nothing"):
+        read_plan(read_config(tmp_path / "bot.toml").evaluate)
+
+
+def test_the_token_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    access = read_access()
+    assert (access.endpoint, access.token) == ("http://127.0.0.1:1", "hf_canary")
+    assert "hf_canary" not in repr(access)
