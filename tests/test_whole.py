@@ -82,6 +82,7 @@ def contribute(place: Place, user: str, dataset: str) -> str:
     return place.run("hubfusion", "contribute", *options.split(), *training.split(), user=user)
 
 
+@pytest.mark.timeout(600)
 def test_a_whole_iteration_through_the_real_commands(place: Place) -> None:
     assert "54 examples on ibm/ColD-Fusion v0" in contribute(place, "alice", "news")
     contribute(place, "bob", "mail")
