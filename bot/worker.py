@@ -109,8 +109,8 @@ def make_candidate(job: Job, recipe: Recipe, inputs: list[Path], folder: Path) -
 
 
 def log_progress(event: Evaluated) -> None:
-    """One line for each tenth of the units."""
-    if event.done * 10 // event.total > (event.done - 1) * 10 // event.total:
+    """One line for each tenth of the units that had to be measured."""
+    if not event.stored and event.done * 10 // event.total > (event.done - 1) * 10 // event.total:
         log.info("evaluate: %d of %d (%s by %s)", event.done, event.total, event.dataset, event.protocol)
 
 
