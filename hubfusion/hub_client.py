@@ -29,13 +29,14 @@ LONGEST_WAIT = 60.0
 WARNINGS = {"suspicious", "unsafe"}
 RETRIED = {408, 429, 500, 502, 503, 504}
 LISTED = ["sha", "lastModified", "tags", "gated"]
+ANYBODY = "(no token)"
 _homes: dict[str, set[str]] = {}  # each token that we were given, and the hosts that we were given it for
 
 
 def _keep_token_home(request: httpx.Request) -> None:
     """Take our tokens off requests to any host but their own (page links and redirects may lead elsewhere)."""
-    homes = _homes.get(request.headers.get("authorization", "").removeprefix("Bearer "))
-    if homes is not None and request.url.netloc.decode() not in homes:
+    token = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if token in _homes and request.url.netloc.decode() not in _homes[token]:
         del request.headers["authorization"]
 
 
@@ -64,7 +65,7 @@ class HubClient:
         self._tries = tries
         if not _homes:
             set_client_factory(_new_session)
-        _homes.setdefault(token or "", set()).add(parts.netloc)
+        _homes.setdefault(token or ANYBODY, set()).add(parts.netloc)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

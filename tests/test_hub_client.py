@@ -295,7 +295,9 @@ def test_the_token_stays_at_home_when_a_page_link_leads_elsewhere(
     ann.whoami()
     get_session().get(f"{away}/api/models", headers={"authorization": "Bearer hf_ann"})
     get_session().get(f"{away}/api/models", headers={"authorization": "Bearer hf_of_somebody_else"})
-    assert seen == ["Bearer hf_ann", None, "Bearer hf_of_somebody_else"]
+    connect("http://127.0.0.1:9")  # without a token, somewhere else
+    get_session().get(f"{away}/api/models")
+    assert seen == ["Bearer hf_ann", None, "Bearer hf_of_somebody_else", None]
 
 
 def test_a_discussion_is_opened_once_even_when_its_answer_was_lost(ann: HubClient, faults: Faults) -> None:
