@@ -27,7 +27,15 @@ from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
 from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
 from hubfusion.manifest import Manifest, describe_environment
-from hubfusion.publish import Release, current_release, finish_release, manifest_at, plan_release, publish
+from hubfusion.publish import (
+    Release,
+    current_release,
+    fetch_release,
+    finish_release,
+    manifest_at,
+    plan_release,
+    publish,
+)
 from hubfusion.ranking import rank
 from hubfusion.screen import apply_caps, read_base, screen
 
@@ -135,9 +143,7 @@ def fuse_and_evaluate(
     if not contributions:
         return Outcome((), (), None), ()
     work = Path(run.config.work).absolute()
-    base = work / "base" / release.revision.sha
-    for file in run.reader.files(release.revision):
-        run.reader.download(release.revision, file, base / file.path)
+    base = fetch_release(run.reader, release, work / "base" / release.revision.sha)
     fetched, corrupt = [], []
     for contribution in contributions:
         run.poll()

@@ -6,7 +6,6 @@ done. Whatever takes long is stored on the way (scores by content), so a worker 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -92,7 +91,7 @@ def make_recipe(job: Job, sound: tuple[Contribution, ...], factors: dict[Revisio
 
 def make_candidate(job: Job, recipe: Recipe, inputs: list[Path], folder: Path) -> Candidate:
     """Fuse into ``folder/candidate``, add the base's own configuration and tokenizer, and score both as bases."""
-    from hubfusion.evaluate import evaluate
+    from hubfusion.evaluate import content_key, evaluate
     from hubfusion.fuse import fuse
 
     base, candidate = Path(job.base_folder), folder / "candidate"
@@ -102,7 +101,7 @@ def make_candidate(job: Job, recipe: Recipe, inputs: list[Path], folder: Path) -
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in NOT_THE_MODEL:
             (candidate / file.name).write_bytes(file.read_bytes())
     scores = [
-        evaluate(path, weights_key(path), job.suite, job.protocols, job.seeds, Path(job.store), on_event=log_progress)
+        evaluate(path, content_key(path), job.suite, job.protocols, job.seeds, Path(job.store), on_event=log_progress)
         for path in (base, candidate)
     ]
     return Candidate(str(candidate), recipe, weights, *scores)
@@ -112,15 +111,6 @@ def log_progress(event: Evaluated) -> None:
     """One line for each tenth of the units that had to be measured."""
     if not event.stored and event.done * 10 // event.total > (event.done - 1) * 10 // event.total:
         log.info("evaluate: %d of %d (%s by %s)", event.done, event.total, event.dataset, event.protocol)
-
-
-def weights_key(checkpoint: Path) -> str:
-    """``sha256:…`` over the names and hashes of a checkpoint's safetensors files: equal weights, equal key."""
-    digest = hashlib.sha256()
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with open(file, "rb") as handle:
-            digest.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def main(job_file: Path, folder: Path) -> int:

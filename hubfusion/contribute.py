@@ -20,7 +20,7 @@ from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.lineage import Revision
 from hubfusion.protocols import Training
-from hubfusion.publish import WEIGHTS, Release, current_release
+from hubfusion.publish import WEIGHTS, Release, current_release, fetch_release
 from hubfusion.suite import Dataset
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def contribute(
 
     hub.create(repo)
     release = current_release(hub, base)
-    folder = fetch_base(hub, release, work / "base")
+    folder = fetch_release(hub, release, work / "base")
     data = load(job.dataset)
     if job.examples is not None:
         data = replace(data, train=data.train.take(draw(data.train, job.training.seed, job.examples)))
@@ -186,10 +186,3 @@ def _card(hub: Hub, repo: str, release: Release, offer: Offer, job: Job, done: t
         f"at most {t.max_length} tokens, {tuned.steps} steps",
         endpoint=hub.endpoint,
     )
-
-
-def fetch_base(hub: Hub, release: Release, folder: Path) -> Path:
-    """Download a base revision (weights, config, tokenizer) into ``folder``, each file checked against its hash."""
-    for file in hub.files(release.revision):
-        hub.download(release.revision, file, folder / file.path)
-    return folder

@@ -57,6 +57,13 @@ def current_release(hub: Hub, repo: str) -> Release:
     return release
 
 
+def fetch_release(hub: Hub, release: Release, folder: Path) -> Path:
+    """Download a base revision (weights, config, tokenizer) into ``folder``, each file checked against its hash."""
+    for file in hub.files(release.revision):
+        hub.download(release.revision, file, folder / file.path)
+    return folder
+
+
 def _weight_hashes(hub: Hub, revision: Revision) -> dict[str, str]:
     return {f.path: f.sha256 or f.blob for f in hub.files(revision) if WEIGHTS.fullmatch(f.path)}
 

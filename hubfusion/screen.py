@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from hubfusion.crawl import read_card
 from hubfusion.errors import CheckpointError, NotFound
 from hubfusion.headers import MAX_HEADER_BYTES, TensorSpec
 from hubfusion.hub import Hub
@@ -71,8 +70,7 @@ def read_base(hub: Hub, revision: Revision, tag: str, versions: Mapping[str, str
         tensors = read_tensors(hub, revision, files, generous).tensors
     except Refused as refused:
         raise CheckpointError(f"base {revision}: {refused}") from None
-    readme = files.get("README.md")
-    stated = _front_matter(hub.read(revision, "README.md", stop=1 << 16)).get("license") if readme else None
+    stated = read_card(hub, revision).get("license")
     return Base(revision, tag, tensors, config, stated if isinstance(stated, str) else "", dict(versions))
 
 
@@ -264,10 +262,3 @@ def _check_tensors(tensors: Mapping[str, TensorSpec], base: Base, policy: Policy
         match(base.tensors, tensors, any_float=policy.any_float_dtype)
     except CheckpointError as error:
         refuse(Reason.ARCHITECTURE, f"{error}; finetune {base.revision.repo} {base.tag} itself")
-
-
-def _front_matter(text: bytes) -> Mapping[str, Any]:
-    """The YAML block at the top of our own README, empty when there is none."""
-    block = re.match(r"---\r?\n(.*?)\r?\n---", text.decode("utf-8", "replace"), re.DOTALL)
-    data = yaml.safe_load(block.group(1)) if block else None
-    return data if isinstance(data, dict) else {}

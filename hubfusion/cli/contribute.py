@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hubfusion.cli import app
+from hubfusion.cli.access import open_hub
 from hubfusion.errors import FusionError
 
 if TYPE_CHECKING:
@@ -20,12 +21,9 @@ License = Annotated[str, typer.Option("--license", help="License of your model, 
 
 
 def _hub() -> Hub:
-    from hubfusion.hub import connect
-
-    token = os.environ.get("HF_TOKEN")
-    if not token:
+    if not os.environ.get("HF_TOKEN"):
         raise FusionError("HF_TOKEN is not set: create a token that may write to your models and export it as HF_TOKEN")
-    return connect(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), token)
+    return open_hub()
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hubfusion.cli import app
+from hubfusion.cli.access import open_hub
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -41,13 +42,12 @@ def _fetch(text: str) -> tuple[Path, str]:
         from hubfusion.evaluate import content_key
 
         return Path(text), content_key(Path(text))
-    from hubfusion.hub import connect
     from hubfusion.lineage import REPO_ID
 
     repo, _, name = text.partition("@")
     if not REPO_ID.fullmatch(repo):
         raise EvaluationError(f"{text}: neither a local folder nor OWNER/NAME on the Hub")
-    hub = connect(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), os.environ.get("HF_TOKEN"))
+    hub = open_hub()
     revision = hub.resolve(repo, name or "main")
     folder = _cache() / "models" / repo.replace("/", "--") / revision.sha
     if not folder.is_dir():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hubfusion.cli import app
+from hubfusion.cli.access import ENDPOINT
 from hubfusion.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def fuse(
     max_shard_size: Annotated[str, typer.Option(help="As in transformers: 5GB, 500MB.")] = "50GB",
     threads: Annotated[int, typer.Option(min=1)] = 2,
     digest: Annotated[bool, typer.Option(help="Put the sha256 of what was written into fusion.json.")] = True,
-    endpoint: Annotated[str, typer.Option(envvar="HF_ENDPOINT", help="The Hub for ids.")] = "https://huggingface.co",
+    endpoint: Annotated[str, typer.Option(envvar="HF_ENDPOINT", help="The Hub for ids.")] = ENDPOINT,
 ) -> None:
     """Fuse finetunes into their base; write weights, recipe, manifest and card."""
     from hubfusion import fuse as engine

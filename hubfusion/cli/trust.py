@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hubfusion.cli import app
+from hubfusion.cli.access import open_hub
 from hubfusion.errors import FusionError
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 Work = Annotated[Path | None, typer.Option("--work", help="Folder to download into; a temporary one by default.")]
 VERSION = re.compile(r"(?P<repo>[^@]+/[^@]+)@(?P<version>[^@]+)")
-
-
-def _hub() -> Hub:
-    from hubfusion.hub import connect
-
-    return connect(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), os.environ.get("HF_TOKEN"))
 
 
 def _version(text: str) -> tuple[str, str]:
@@ -72,7 +66,7 @@ def inspect(
     from hubfusion.region import draw, lines
     from hubfusion.soundness import examine
 
-    hub = None if all(Path(m).is_dir() for m in (*models, base)) else _hub()
+    hub = None if all(Path(m).is_dir() for m in (*models, base)) else open_hub()
     earlier = {name: Path(folder) for name, _, folder in (v.partition("=") for v in version or [])}
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
@@ -100,7 +94,7 @@ def verify(
 
     repo, version = _version(revision)
     with tempfile.TemporaryDirectory() as temporary:
-        _say(check(_hub(), repo, version, work or Path(temporary), public_key=key), "as its manifest says")
+        _say(check(open_hub(), repo, version, work or Path(temporary), public_key=key), "as its manifest says")
 
 
 @app.command()
@@ -113,7 +107,7 @@ def reproduce(revision: Annotated[str, typer.Argument(metavar="OWNER/BASE@vN")],
 
     repo, version = _version(revision)
     with tempfile.TemporaryDirectory() as temporary:
-        _say(rebuild(_hub(), repo, version, work or Path(temporary), on_step=print), "rebuilt to the same bytes")
+        _say(rebuild(open_hub(), repo, version, work or Path(temporary), on_step=print), "rebuilt to the same bytes")
 
 
 def _say(found: Checked, good: str) -> None:
@@ -138,7 +132,7 @@ def lineage(
     from hubfusion.provenance import forget, trace
 
     repo, _, version = revision.partition("@")
-    hub = _hub()
+    hub = open_hub()
     touched = {redo.version for redo in forget(hub, repo, model).redo} if model else None
     for ancestor in trace(hub, repo, version):
         if touched is not None and ancestor.version not in touched:
@@ -163,7 +157,7 @@ def forget(
     from hubfusion.lineage import dumps
     from hubfusion.provenance import forget as plan
 
-    found = plan(_hub(), base, model)
+    found = plan(open_hub(), base, model)
     for redo in found.redo:
         left = (
             f"fuse the other {len(redo.recipe.inputs)} inputs again" if redo.recipe else "falls away, no input is left"
