@@ -206,6 +206,7 @@ def test_a_unit_that_comes_twice_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_jobs_give_the_numbers_of_one_process_though_one_of_them_is_killed(hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "recipes.toml").write_text(RECIPES)
     protocols = list(read_protocols(tmp_path / "recipes.toml").values())

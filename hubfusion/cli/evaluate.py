@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app, engines
-from hubfusion.cli.engines import EngineName, tell
+from hubfusion.cli import app
+from hubfusion.cli.engines import (
+    AtOnce,
+    EngineName,
+    EngineOption,
+    Flavor,
+    Gpus,
+    Image,
+    Namespace,
+    PerWorker,
+    RayAddress,
+    Settings,
+    choose_engine,
+    sharing,
+    tell,
+)
 from hubfusion.cli.models import cache, find_model
 from hubfusion.errors import EvaluationError
 
@@ -66,14 +80,14 @@ def evaluate(
     store: Store = None,
     out: Annotated[Path, typer.Option("--out", help="Where the scores go, as JSON.")] = Path("scores.json"),
     results: Results = None,
-    engine: engines.EngineOption = EngineName.LOCAL,
-    units_per_worker: engines.PerWorker = None,
-    ray_address: engines.RayAddress = "auto",
-    gpus_per_unit: engines.Gpus = None,
-    flavor: engines.Flavor = "cpu-basic",
-    image: engines.Image = None,
-    namespace: engines.Namespace = None,
-    jobs_at_once: engines.AtOnce = 8,
+    engine: EngineOption = EngineName.LOCAL,
+    units_per_worker: PerWorker = None,
+    ray_address: RayAddress = "auto",
+    gpus_per_unit: Gpus = None,
+    flavor: Flavor = "cpu-basic",
+    image: Image = None,
+    namespace: Namespace = None,
+    jobs_at_once: AtOnce = 8,
 ) -> None:
     """Score a model as a base; what was measured before is read, not measured again.
 
@@ -84,13 +98,11 @@ def evaluate(
     from hubfusion.suite import load_suite
 
     chosen, recipe = load_suite(suite), _protocols(protocol, recipes)
-    settings = engines.Settings(
-        engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once
-    )
+    settings = Settings(engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once)
     found, place = find_model(model), store or cache() / "scores"
-    missing = engines.choose_engine(found, results, settings)
+    missing = choose_engine(found, results, settings)
     units = plan_units(found.key, chosen, recipe, _seeds(seeds))
-    with engines.sharing(results, units, place) as note:
+    with sharing(results, units, place) as note:
         scores = score_units(units, place, missing, on_event=note)
         out.write_text(dumps(scores), encoding="utf-8")
         _show(_table(scores, [p.name for p in recipe]))
