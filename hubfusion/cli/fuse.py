@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,8 @@ def fuse(
         recipe = _from_file(Path(names[0]), method, scale, coefficients, outer, extra)
     else:
         recipe = _from_arguments(names, method, scale, coefficients, (outer, state), extra)
+    for note in recipe.notes:
+        print(f"note: {note}", file=sys.stderr)
     settings = engine.Settings(device=device, threads=threads, max_shard_bytes=_bytes(max_shard_size), digest=digest)
     with fetched(recipe, endpoint, os.environ.get("HF_TOKEN")) as (recipe, base, inputs):
         if coefficients == "inverse-norm" and len(names) > 1:
