@@ -172,7 +172,7 @@ def test_every_shared_method_gives_what_mergekit_gives(tmp_path):
         ("merge_method: linear\nmodels: [{model: a/a}]\nparameters: {rescale: true}", "'rescale' is not supported"),
         ("merge_method: linear\nmodels: [{model: a/a}, {model: b/b}]\nparameters: {normalize: false}",
          "normalize: false needs weights that sum to 1, got 2"),
-        ("merge_method: karcher\nmodels: [{model: a/a, parameters: {weight: 2}}]", "'weight' is not supported for karch"),
+        ("merge_method: karcher\nmodels: [{model: a/a, parameters: {weight: 2}}]", "'weight' is not supported"),
         ("merge_method: dare_ties\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {rescale: false}",
          "rescale must be true for dare_ties, got False"),
         ("merge_method: nuslerp\nmodels: [{model: a/a}, {model: b/b}]\nparameters: {nuslerp_row_wise: true}",
