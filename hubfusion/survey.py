@@ -218,9 +218,11 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
 def _variances(models: Models, name: str) -> Callable[[int], Iterator[Array]]:
     def stream(every: int) -> Iterator[Array]:
         for piece in _pieces(models, (name,), every):
-            spread = sparse.variance(piece.deltas)
+            with np.errstate(over="ignore", invalid="ignore"):
+                spread = sparse.variance(piece.deltas)
             if not np.isfinite(spread).all():
                 models.refuse_not_finite(piece)
+                raise CheckpointError(f"{name}: the variance over the deltas is too large for {models.dtype.__name__}")
             yield spread
 
     return stream

@@ -214,3 +214,19 @@ def test_ties_of_a_finetune_with_frozen_layers_keeps_every_change(models, tmp_pa
     fuse(plan_for("ties", 1), base, [save(tmp_path / "frozen", changed)], tmp_path / "out")
     out = load(tmp_path / "out")
     assert all(np.array_equal(out[n], changed[n]) for n in SHAPES)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", METHODS)
+def test_an_input_that_is_not_finite_is_one_error_and_no_warning_by_every_method(models, tmp_path, name):
+    base, inputs = models[0], list(inputs_of(name, models[1]))
+    spoiled = load(inputs[1])
+    spoiled["c"][3, 4] = np.nan
+    spoiled["a"][2, 0] = np.inf
+    for file in inputs[1].glob("*.safetensors"):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes())
+    inputs[1] = save(tmp_path / "bad", spoiled)
+    with pytest.raises(CheckpointError, match=r"bad: [ac]: entry (260|64) minus the base's is (inf|nan); only finite"):
+        fuse(plan_for(name, len(inputs)), base, inputs, tmp_path / "out")
+    assert not any((tmp_path / "out").glob("*"))

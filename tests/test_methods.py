@@ -206,8 +206,11 @@ def test_breadcrumbs_by_hand():
 
 
 def test_sce_by_hand():
-    deltas = np.array([[1.0, 2.0, 0.0], [1.0, -1.0, 4.0]])  # variances 0, 2.25, 4
-    assert sce(deltas, [1, 1], density=2 / 3).tolist() == pytest.approx([0, 4 / 21 * 2, 17 / 21 * 4])
+    deltas = np.array([[1.0, 2.0, 0.0], [1.0, -1.0, 4.0]])  # variances 0, 2.25, 4; energies 4 and 17
+    assert sce(deltas, [1, 1], density=2 / 3).tolist() == pytest.approx([0, 2, 4])
+    assert sce(deltas, [1, 1], density=2 / 3, combine="sum").tolist() == pytest.approx([0, 4 / 21 * 2, 17 / 21 * 4])
+    both = np.array([[3.0, 1.0], [1.0, -2.0], [-1.0, 0.0]])  # energies 10, 5, 1; the third is erased, then the first
+    assert sce(both, [1] * 3, density=1.0).tolist() == pytest.approx([(10 * 3 + 5 * 1) / 15, -2.0])
 
 
 def test_slerp_on_models_by_hand():
@@ -384,6 +387,7 @@ def test_draws_are_the_same_in_whatever_pieces_they_are_asked_for():
         (lambda: multi_krum(D, [1, 1, 1], faulty=1), r"multi_krum: faulty must be in \[0, 0\] with 3 inputs, got 1"),
         (lambda: average(D, [1, 1, -2]), "average: coefficients must have a positive sum, got 0"),
         (lambda: average(D, [1, 1, 1], norm="max"), "norm must be one of keep, clip, equal, got 'max'"),
+        (lambda: sce(D, [2, -1, 1]), r"sce: coefficients must not be negative, got \[2, -1, 1\]"),
         (lambda: fisher(D, [1, 1, 1]), "fisher: every input needs its diagonal"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,17 +51,22 @@ def fuse(
         recipe = _from_file(Path(names[0]), method, scale, coefficients, outer, extra)
     else:
         recipe = _from_arguments(names, method, scale, coefficients, (outer, state), extra)
+    for note in recipe.notes:
+        print(f"note: {note}", file=sys.stderr)
     settings = engine.Settings(device=device, threads=threads, max_shard_bytes=_bytes(max_shard_size), digest=digest)
-    with fetched(recipe, endpoint, os.environ.get("HF_TOKEN")) as (recipe, base, inputs):
+    with ExitStack() as stack:
+        with bar("download") as tell:
+            found = stack.enter_context(fetched(recipe, endpoint, os.environ.get("HF_TOKEN"), tell))
+        recipe = found.recipe
         if coefficients == "inverse-norm" and len(names) > 1:
-            recipe = _inverse_norm(recipe, base, inputs)
+            recipe = _inverse_norm(recipe, found.base, found.inputs)
         with bar(f"fuse by {recipe.plan.method}") as tell:
             fused = engine.fuse(
-                recipe.plan, base, inputs, out, state=Path(recipe.state) if recipe.state else None,
+                recipe.plan, found.base, found.inputs, out, state=found.state,
                 settings=settings, on_event=lambda e: tell(e.done, e.total),
             )  # fmt: skip
-        finish(recipe, base, fused, out)
-    print(f"{out}: {len(fused.fused)} parameters of {len(inputs)} finetunes fused, {len(fused.kept)} kept")
+        finish(recipe, found.base, fused, out)
+    print(f"{out}: {len(fused.fused)} parameters of {len(found.inputs)} finetunes fused, {len(fused.kept)} kept")
 
 
 def _split(tokens: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -330,6 +330,7 @@ def sce(
     coefficients: Sequence[float],
     *,
     density: float = 0.1,
+    combine: str = "mean",
     threshold: float | None = None,
     energies: Sequence[float] | None = None,
 ) -> Array:
@@ -337,16 +338,20 @@ def sce(
 
     S = the kept_count(density, n) entries of a parameter with the largest variance over the k deltas
     η_i = α_i Σ_S τ_i² / Σ_j α_j Σ_S τ_j²;  γ = sign(Σ_i τ_i)
-    δ = Σ_{i: sign(τ_i) = γ} η_i τ_i on S, 0 elsewhere
+    δ = Σ_{i: sign(τ_i) = γ} η_i τ_i / Σ_{the same i} η_i on S, 0 elsewhere  (``combine="sum"``: not divided)
 
-    Paper: FuseChat, arXiv 2408.07990. Departures: entries equal to the smallest selected variance are all selected;
-    a vote that is exactly zero gives 0; the shares are not scaled up where inputs were erased. ``threshold`` (that
-    variance) and ``energies`` (k sums over S) come from passes over the whole parameter. Density in (0, 1].
+    Paper: FuseChat, arXiv 2408.07990; the division by the shares that are left is its authors' code's. Departures:
+    entries equal to the smallest selected variance are all selected; a vote that is exactly zero gives 0; α is ours,
+    1 each in the paper. ``threshold`` (that variance) and ``energies`` (k sums over S) come from passes over the
+    whole parameter. Density in (0, 1]; coefficients ≥ 0.
 
     >>> sce(np.asarray([[1.0, 2.0], [1.0, -1.0]]), [1, 1], density=0.5).tolist()
-    [0.0, 1.6]
+    [0.0, 2.0]
     """
     in_range("sce", "density", density, 0, 1, open_low=True)
+    one_of("sce", "combine", combine, COMBINES)
+    if min(float(c) for c in coefficients) < 0:
+        raise RecipeError(f"sce: coefficients must not be negative, got {list(coefficients)}")
     xp = namespace(deltas)
     spread = variance(deltas)
     if threshold is None:
@@ -357,14 +362,19 @@ def sce(
         energies = [float(xp.sum((deltas[i, ...] * chosen) ** 2)) for i in range(deltas.shape[0])]
     shares = [float(c) * float(e) for c, e in zip(coefficients, energies, strict=True)]
     total = math.fsum(shares)
-    if total < 0:
-        raise RecipeError(f"sce: coefficients must not be negative, got {list(coefficients)}")
     vote = weighted_sum(deltas, [1.0] * len(shares)) * chosen
     rises, falls = vote > 0, vote < 0
-    out = vote * 0
+    out, left = vote * 0, vote * 0
     for row, one in enumerate(shares):
         delta = deltas[row, ...]
-        out += delta * (((delta > 0) & rises) | ((delta < 0) & falls)) * (one / total if total else 0.0)
+        kept = xp.astype(((delta > 0) & rises) | ((delta < 0) & falls), deltas.dtype)
+        kept *= one / total if total else 0.0
+        left += kept
+        kept *= delta
+        out += kept
+    if combine == "mean":
+        left += left == 0  # nobody agrees: the sum is 0 there
+        out /= left
     return out
 
 
