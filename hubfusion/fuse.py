@@ -92,7 +92,7 @@ class Settings:
 
     ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
     there, a piece at a time, with the device's own rounding of sums and products. ``digest`` False saves reading the
-    output once more for its sha256.
+    output once more for its sha256, ``norms`` False measuring the deltas.
     """
 
     device: str | None = None
@@ -100,6 +100,7 @@ class Settings:
     chunk: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     digest: bool = True
+    norms: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,12 @@ class Progress:
 class Fused:
     """What a fuse wrote and saw.
 
-    ``norms`` are the L2 norms of the k deltas over the fused parameters, in the recipe's order; ``kept`` are base
-    parameters that were copied as they are, ``dropped`` each input's own heads.
+    ``norms`` are the L2 norms of the k deltas over the fused parameters, in the recipe's order (None: not measured);
+    ``kept`` are base parameters that were copied as they are, ``dropped`` each input's own heads.
     """
 
     files: tuple[WrittenFile, ...]
-    norms: tuple[float, ...]
+    norms: tuple[float | None, ...]
     fused: tuple[str, ...]
     kept: tuple[str, ...]
     dropped: tuple[tuple[str, ...], ...]
@@ -164,7 +165,7 @@ def fuse(
             write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
             open_stepping(plan.outer, dict(plan.outer_options), state, out, steps, settings.digest) as stepping,
         ):
-            work = _Work(plan, models, writing, stepping, keywords, settings.device, on_event)
+            work = _Work(plan, models, writing, stepping, keywords, settings, on_event)
             work.copy_kept()
             entries = settings.chunk or work.chunk()
             in_threads(models.ranges(entries, METHODS[plan.method].unit), work.start, settings.threads)
@@ -203,12 +204,14 @@ class _Work:
         writing: Writing,
         stepping: Stepping,
         keywords: Keywords,
-        device: str | None,
+        settings: Settings,
         on_event: Listener | None,
     ) -> None:
         self.models, self.writing, self.keywords, self.on_event = models, writing, keywords, on_event
-        self.stepping, self.device = stepping, device
+        self.stepping, self.device = stepping, settings.device
         self.method: Method = METHODS[plan.method]
+        self.wants_norms = settings.norms
+        self.measured = settings.norms or not self.method.is_sum  # elsewhere the norms show what is not finite
         self.options: Mapping[str, Any] = dict(plan.options)
         self.scale = plan.scale
         self.coefficients = [plan.coefficients[i] for i in plan.order]
@@ -241,7 +244,11 @@ class _Work:
                 delta *= self.scale
             delta = self.stepping.step(where.parameter.name, where.first, base, delta)
             delta += base
-            self.writing.write(where.parameter.name, where.first, delta)
+            try:
+                self.writing.write(where.parameter.name, where.first, delta)
+            except CheckpointError:
+                self._refuse(where)  # when it is an input's fault, its name helps more
+                raise
             self._tell(where)
 
         return do
@@ -252,7 +259,8 @@ class _Work:
 
         def rows() -> Iterator[Array]:
             for delta in self.models.read_rows(where, buffer):
-                squares.append(_square(delta))
+                if self.measured:
+                    squares.append(_square(delta))
                 yield delta.reshape(where.shape)
 
         base = buffer[0, : where.last - where.first]
@@ -290,13 +298,20 @@ class _Work:
     def _keep(self, where: Range, squares: list[float]) -> None:
         """Keep the squared norm of every delta; one that is not finite names its file."""
         if not all(map(math.isfinite, squares)):
-            piece = self.models.read(where, np.empty((len(squares) + 1, where.last - where.first), self.models.dtype))
-            self.models.refuse_not_finite(piece)
-            squares = [_square(delta.astype(np.float64)) for delta in piece.deltas]
+            squares = [_square(delta.astype(np.float64)) for delta in self._refuse(where).deltas]
         self.squares[where.parameter.name, where.first] = squares
 
-    def norms(self) -> list[float]:
+    def _refuse(self, where: Range) -> Piece:
+        """Read a piece again, and raise if an input is not finite in it."""
+        rows = len(self.models.sources) + 1
+        piece = self.models.read(where, np.empty((rows, where.last - where.first), self.models.dtype))
+        self.models.refuse_not_finite(piece)
+        return piece
+
+    def norms(self) -> list[float | None]:
         """L2 norm of each delta, to 6 digits: the sum's last bits depend on the pieces."""
+        if not self.wants_norms:
+            return [None] * len(self.models.sources)
         columns = np.array(list(self.squares.values()))
         return [float(f"{math.sqrt(math.fsum(column)):.6g}") for column in columns.T]
 

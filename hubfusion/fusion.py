@@ -121,7 +121,8 @@ def card_text(recipe: FuseRecipe, fused: Fused) -> str:
     front = ["---", "library_name: transformers", "tags:", "- merge", "- hubfusion"]
     front += ["base_model:", *(f"- {json.dumps(i)}" for i in dict.fromkeys(ids))] if ids else []
     options = ", ".join(f"{k} = {v}" for k, v in plan.options) or "its defaults"
-    rows = [f"| `{m}` | {c:g} | {n:.4g} |" for m, c, n in zip(plan.labels, plan.coefficients, fused.norms, strict=True)]
+    norms = ["not measured" if n is None else f"{n:.4g}" for n in fused.norms]
+    rows = [f"| `{m}` | {c:g} | {n} |" for m, c, n in zip(plan.labels, plan.coefficients, norms, strict=True)]
     kept = f" {len(fused.kept)} more are the base's own." if fused.kept else ""
     return "\n".join(
         [

@@ -31,8 +31,9 @@ def fuse(args: Sequence[str] | None) -> None:
     for note in recipe.notes:
         print(f"note: {note}", file=sys.stderr)
     settings = engine.Settings(
-        device=given.device, threads=given.threads, max_shard_bytes=_bytes(given.max_shard_size), digest=given.digest
-    )
+        device=given.device, threads=given.threads, max_shard_bytes=_bytes(given.max_shard_size),
+        digest=given.digest, norms=given.norms,
+    )  # fmt: skip
     with ExitStack() as stack:
         with bar("download") as tell:
             found = stack.enter_context(fetched(recipe, given.endpoint, os.environ.get("HF_TOKEN"), tell))
@@ -98,6 +99,7 @@ def _parser() -> ArgumentParser:
     add("--max-shard-size", default="50GB", help="as in transformers: 5GB, 500MB")
     add("--threads", type=int, default=2)
     add("--digest", action=BooleanOptionalAction, default=True, help="put sha256 of the files into fusion.json")
+    add("--norms", action=BooleanOptionalAction, default=True, help="put the norms of the deltas into it")
     add("--endpoint", default=os.environ.get("HF_ENDPOINT", ENDPOINT), help="the Hub for ids (HF_ENDPOINT)")
     return parser
 

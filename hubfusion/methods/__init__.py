@@ -20,8 +20,8 @@ from hubfusion.methods.statistics import fisher, regmean
 __all__ = ["METHODS", "Method", "Need", "Unit"]
 
 METHODS: Mapping[str, Method] = {
-    "average": Method(average, needs=Need.NORMS, by_row=True),
-    "task_arithmetic": Method(task_arithmetic, by_row=True),
+    "average": Method(average, needs=Need.NORMS, by_row=True, is_sum=True),
+    "task_arithmetic": Method(task_arithmetic, by_row=True, is_sum=True),
     "ties": Method(ties, needs=Need.THRESHOLDS, by_row=True),
     "dare": Method(dare, needs=Need.DRAWS, by_row=True),
     "dare_ties": Method(dare_ties, needs=Need.DRAWS, by_row=True),
@@ -30,13 +30,13 @@ METHODS: Mapping[str, Method] = {
     "sce": Method(sce, needs=Need.SELECTION),
     "fisher": Method(fisher, needs=Need.FISHERS),
     "regmean": Method(regmean, unit=Unit.PARAMETER, needs=Need.ACTIVATIONS),
-    "slerp": Method(slerp, needs=Need.SPHERE, by_row=True),
-    "karcher": Method(karcher, needs=Need.SPHERE, by_row=True),
-    "model_stock": Method(model_stock, needs=Need.GRAM, by_row=True),
+    "slerp": Method(slerp, needs=Need.SPHERE, by_row=True, is_sum=True),
+    "karcher": Method(karcher, needs=Need.SPHERE, by_row=True, is_sum=True),
+    "model_stock": Method(model_stock, needs=Need.GRAM, by_row=True, is_sum=True),
     "iso_c": Method(iso_c, unit=Unit.PARAMETER),
     "tsv": Method(tsv, unit=Unit.PARAMETER),
     "trimmed_mean": Method(trimmed_mean, needs=Need.NORMS),
     "median": Method(median, needs=Need.NORMS),
-    "geometric_median": Method(geometric_median, needs=Need.GRAM, by_row=True),
-    "multi_krum": Method(multi_krum, needs=Need.GRAM, by_row=True),
+    "geometric_median": Method(geometric_median, needs=Need.GRAM, by_row=True, is_sum=True),
+    "multi_krum": Method(multi_krum, needs=Need.GRAM, by_row=True, is_sum=True),
 }
