@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +13,10 @@ import typer
 
 from hubfusion.cli import app
 from hubfusion.cli.access import ENDPOINT
-from hubfusion.errors import RecipeError
+from hubfusion.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hubfusion.lineage import Option
     from hubfusion.recipes import FuseRecipe
@@ -53,8 +54,10 @@ def fuse(
         recipe = _from_arguments(names, method, scale, coefficients, (outer, state), extra)
     for note in recipe.notes:
         print(f"note: {note}", file=sys.stderr)
+    _check_device(device)
     settings = engine.Settings(device=device, threads=threads, max_shard_bytes=_bytes(max_shard_size), digest=digest)
     with ExitStack() as stack:
+        stack.enter_context(_in_one_line(out))
         with bar("download") as tell:
             found = stack.enter_context(fetched(recipe, endpoint, os.environ.get("HF_TOKEN"), tell))
         recipe = found.recipe
@@ -69,15 +72,43 @@ def fuse(
     print(f"{out}: {len(fused.fused)} parameters of {len(found.inputs)} finetunes fused, {len(fused.kept)} kept")
 
 
+@contextmanager
+def _in_one_line(out: Path) -> Iterator[None]:
+    """Turn what the operating system refuses (a full disk, a folder that cannot be made) into an error of one line.
+
+    A plain kill cleans up as Ctrl-C does.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or out}: {error.strerror or error}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        import torch
+
+        torch.empty(0, device=device)
+    except (ImportError, RuntimeError, AssertionError) as error:  # torch says AssertionError where it has no CUDA
+        raise RecipeError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
 def _split(tokens: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Models, and the options of the method or the outer optimizer (``--density 0.2`` or ``--density=0.2``)."""
     names: list[str] = []
     extra: dict[str, str] = {}
     rest = iter(tokens)
     for token in rest:
-        if not token.startswith("--"):
+        if not token.startswith("-"):
             names.append(token)
             continue
+        if not token.startswith("--"):
+            raise RecipeError(f"{token}: options begin with two dashes, as in --method ties --density 0.2")
         name, equals, value = token[2:].partition("=")
         found = value if equals else next(rest, None)
         if found is None:
@@ -91,6 +122,8 @@ def _from_file(
 ) -> FuseRecipe:
     from hubfusion.recipes import read_recipe
 
+    if path.is_dir():
+        raise RecipeError(f"{path}: one folder alone; name a base and at least one finetune, or a recipe file")
     if extra or (method, scale, coefficients, outer) != ("average", 1.0, "uniform", "plain"):
         raise RecipeError(f"{path}: a recipe file says everything; method, options and coefficients go into it")
     return read_recipe(path)
