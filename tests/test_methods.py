@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods import METHODS
+from hubfusion.methods import METHODS, sparse
 from hubfusion.methods.draws import draw
 from hubfusion.methods.geometry import karcher, model_stock, slerp
 from hubfusion.methods.linear import average, task_arithmetic
@@ -395,3 +395,13 @@ def test_what_a_method_does_not_allow_is_one_line_with_the_range(call, message):
     with pytest.raises(RecipeError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 700])
+def test_short_and_long_rows_are_ranked_alike(columns, monkeypatch):
+    magnitudes = np.abs(np.random.default_rng(3).standard_normal((4, columns), np.float32)).round(1)  # many are equal
+    values = np.arange(columns, dtype=np.float32)
+    short = sparse.by_rank(magnitudes, values)
+    monkeypatch.setattr(sparse, "SHORT_ROW", 0)
+    assert (short == sparse.by_rank(magnitudes, values)).all()
+    assert (np.take_along_axis(magnitudes, np.argsort(short), axis=-1) == np.sort(magnitudes)).all()
