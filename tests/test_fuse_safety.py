@@ -104,7 +104,7 @@ def test_a_fuse_that_fails_late_leaves_the_older_fuse_as_it_was(tmp_path):
     "arguments, message",
     [
         (["{base}"], "one folder alone; name a base and at least one finetune, or a recipe file"),
-        (["{base}", "{one}", "-density", "0.2"], "-density: options begin with two dashes"),
+        (["{base}", "{one}", "-density", "0.2"], "average: unknown option 'density', allowed are norm, outer-lr"),
         (["{base}", "{one}", "--device", "nonsense"], "--device nonsense: "),
         (["{base}", "{one}", "--state", "nowhere", "--outer", "momentum"], "nowhere: neither a folder here nor owner"),
         (["{base}", "{base}/config.json"], "config.json: 2 bytes are too few for a safetensors file"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app
 from hubfusion.cli.access import open_hub
+from hubfusion.cli.app import app
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
