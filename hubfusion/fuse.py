@@ -162,8 +162,8 @@ def fuse(
         specs = list(models.base.parameters.values())
         steps = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with (
-            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
             open_stepping(plan.outer, dict(plan.outer_options), state, out, steps, settings.digest) as stepping,
+            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
         ):
             work = _Work(plan, models, writing, stepping, keywords, settings, on_event)
             work.copy_kept()

@@ -12,7 +12,7 @@ import hubfusion
 from hubfusion.fuse import Fused
 from hubfusion.lineage import dumps
 from hubfusion.methods import METHODS
-from hubfusion.outer import OUTERS
+from hubfusion.outer import OUTERS, STATE_FILE
 from hubfusion.recipes import FuseRecipe, write_recipe
 from hubfusion.weights import MANIFEST
 
@@ -26,11 +26,16 @@ COMPANIONS = (
 def finish(recipe: FuseRecipe, base: Path, fused: Fused, out: Path) -> None:
     """Copy the base's companions, then write ``recipe.toml``, ``README.md`` and, last, ``fusion.json``.
 
-    The manifest's existence means that the folder is whole.
+    The manifest's existence means that the folder is whole. What an older fuse in this folder left and this one does
+    not (another tokenizer's files, an outer optimizer's state) is removed.
     """
     for name in COMPANIONS:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    if STATE_FILE not in {file.name for file in fused.files}:
+        (out / STATE_FILE).unlink(missing_ok=True)
     _write(out / "recipe.toml", write_recipe(recipe))
     _write(out / "README.md", card_text(recipe, fused))
     _write(out / MANIFEST, manifest_text(recipe, fused))

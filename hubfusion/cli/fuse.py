@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hubfusion.cli.access import ENDPOINT
-from hubfusion.errors import RecipeError
+from hubfusion.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hubfusion.lineage import Option
     from hubfusion.recipes import FuseRecipe
@@ -30,11 +31,13 @@ def fuse(args: Sequence[str] | None) -> None:
     recipe = _from_file(Path(given.models[0]), given) if len(given.models) == 1 else _from_arguments(given)
     for note in recipe.notes:
         print(f"note: {note}", file=sys.stderr)
+    _check_device(given.device)
     settings = engine.Settings(
         device=given.device, threads=given.threads, max_shard_bytes=_bytes(given.max_shard_size),
         digest=given.digest, norms=given.norms,
     )  # fmt: skip
     with ExitStack() as stack:
+        stack.enter_context(_in_one_line(given.out))
         with bar("download") as tell:
             found = stack.enter_context(fetched(recipe, given.endpoint, os.environ.get("HF_TOKEN"), tell))
         recipe = found.recipe
@@ -47,6 +50,32 @@ def fuse(args: Sequence[str] | None) -> None:
             )  # fmt: skip
         finish(recipe, found.base, fused, given.out)
     print(f"{given.out}: {len(fused.fused)} parameters of {len(found.inputs)} finetunes fused, {len(fused.kept)} kept")
+
+
+@contextmanager
+def _in_one_line(out: Path) -> Iterator[None]:
+    """Turn what the operating system refuses (a full disk, a folder that cannot be made) into an error of one line.
+
+    A plain kill cleans up as Ctrl-C does.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or out}: {error.strerror or error}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        import torch
+
+        torch.empty(0, device=device)
+    except (ImportError, RuntimeError, AssertionError) as error:  # torch says AssertionError where it has no CUDA
+        raise RecipeError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def parse(args: Sequence[str] | None) -> Namespace:
@@ -107,6 +136,8 @@ def _parser() -> ArgumentParser:
 def _from_file(path: Path, given: Namespace) -> FuseRecipe:
     from hubfusion.recipes import read_recipe
 
+    if path.is_dir():
+        raise RecipeError(f"{path}: one folder alone; name a base and at least one finetune, or a recipe file")
     extra = given.options or given.outer_options or given.state or given.unknown
     if extra or (given.method, given.scale, given.coefficients, given.outer) != ("average", 1.0, "uniform", "plain"):
         raise RecipeError(f"{path}: a recipe file says everything; method, options and coefficients go into it")
