@@ -353,29 +353,31 @@ def sce(
     if min(float(c) for c in coefficients) < 0:
         raise RecipeError(f"sce: coefficients must not be negative, got {list(coefficients)}")
     xp = namespace(deltas)
-    spread = variance(deltas)
+    flat = xp.reshape(deltas, (deltas.shape[0], -1))
+    spread = variance(flat)
     if threshold is None:
-        flat = xp.sort(xp.reshape(spread, (-1,)))
-        threshold = float(flat[-kept_count(density, math.prod(deltas.shape[1:]))])
-    chosen = spread >= threshold
+        threshold = float(xp.sort(spread)[-kept_count(density, spread.shape[0])])
+    (chosen,) = xp.nonzero(spread >= threshold)
+    picked = xp.take(flat, chosen, axis=1)
     if energies is None:
-        energies = [float(xp.sum((deltas[i, ...] * chosen) ** 2)) for i in range(deltas.shape[0])]
+        energies = [float(xp.sum(delta**2)) for delta in picked]
     shares = [float(c) * float(e) for c, e in zip(coefficients, energies, strict=True)]
     total = math.fsum(shares)
-    vote = weighted_sum(deltas, [1.0] * len(shares)) * chosen
+    vote = weighted_sum(picked, [1.0] * len(shares))
     rises, falls = vote > 0, vote < 0
-    out, left = vote * 0, vote * 0
-    for row, one in enumerate(shares):
-        delta = deltas[row, ...]
+    merged, left = vote * 0, vote * 0
+    for delta, one in zip(picked, shares, strict=True):
         kept = xp.astype(((delta > 0) & rises) | ((delta < 0) & falls), deltas.dtype)
         kept *= one / total if total else 0.0
         left += kept
         kept *= delta
-        out += kept
+        merged += kept
     if combine == "mean":
         left += left == 0  # nobody agrees: the sum is 0 there
-        out /= left
-    return out
+        merged /= left
+    out = spread * 0
+    out[chosen] = merged
+    return xp.reshape(out, deltas.shape[1:])
 
 
 def variance(deltas: Array) -> Array:
