@@ -225,7 +225,7 @@ def compare(folder: Path, arguments: argparse.Namespace, models: Sequence[Path])
         for number in range(arguments.runs + 1):
             for name, command in commands:
                 slow = name.startswith("mergekit")
-                if slow and number > arguments.mergekit_runs:
+                if slow and not 0 < number <= arguments.mergekit_runs:
                     continue
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 (folder / "out").mkdir()
