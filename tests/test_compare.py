@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hubfusion.cli import app
+from hubfusion.cli.app import app
 from hubfusion.errors import EvaluationError
 from hubfusion.lineage import dumps
 from hubfusion.scores import Provenance, Score, Scores

@@ -125,7 +125,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
 
 CODE = """
 import sys
-from hubfusion.cli import app
+from hubfusion.cli.app import app
 app(sys.argv[1:], standalone_mode=False)
 sys.exit(", ".join(sorted({"torch", "transformers", "datasets", "sklearn"} & set(sys.modules))) or 0)
 """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app
+from hubfusion.cli.app import app
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app
 from hubfusion.cli.access import open_hub
+from hubfusion.cli.app import app
 from hubfusion.cli.models import Model, cache, find_model
 from hubfusion.errors import EvaluationError
 

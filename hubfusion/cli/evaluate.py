@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app
+from hubfusion.cli.app import app
 from hubfusion.cli.engines import (
     AtOnce,
     EngineName,
