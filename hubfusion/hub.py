@@ -129,6 +129,10 @@ class Hub(Protocol):
         """How a job is doing."""
         ...
 
+    def job_log(self, namespace: str, key: str) -> tuple[str, ...]:
+        """The lines that a job has written so far, or wrote until it was over."""
+        ...
+
     def cancel_job(self, namespace: str, key: str) -> None:
         """End a job; one that is over stays as it is."""
         ...
@@ -168,7 +172,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """Whether a job is over, and how it ended: the Hub's words and, if it failed, the last line of its log."""
+    """Whether a job is over, and the Hub's words for how it is."""
 
     over: bool
     message: str

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,7 +33,7 @@ LISTED = ["sha", "lastModified", "tags", "gated"]
 ANYBODY = "(no token)"
 PATHS_AT_ONCE = 500
 JOB_LABEL = "hubfusion"
-FAILED, DONE = {"ERROR", "CANCELED", "DELETED"}, {"COMPLETED"}
+OVER = {"COMPLETED", "ERROR", "CANCELED", "DELETED"}
 _homes: dict[str, set[str]] = {}  # each token that we were given, and the hosts that we were given it for
 
 
@@ -310,12 +309,12 @@ class HubClient:
             return JobState(True, "the Hub knows it no more")
         stage = str(getattr(status.stage, "value", status.stage))
         words = [stage.lower(), *filter(None, [status.message])]
-        if stage in FAILED:
-            with suppress(HubError):  # a job that never started has no log
-                words += self._ask(
-                    what, lambda: list(self._api.fetch_job_logs(job_id=key, namespace=namespace, tail=1))
-                )
-        return JobState(stage in FAILED | DONE, ": ".join(" ".join(str(w).split())[:300] for w in words))
+        return JobState(stage in OVER, ": ".join(" ".join(str(w).split())[:300] for w in words))
+
+    def job_log(self, namespace: str, key: str) -> tuple[str, ...]:
+        """See `Hub.job_log`."""
+        logs = partial(self._api.fetch_job_logs, job_id=key, namespace=namespace)
+        return tuple(self._ask(f"log of job {key} of {namespace}", lambda: list(logs())))
 
     def cancel_job(self, namespace: str, key: str) -> None:
         """See `Hub.cancel_job`."""

@@ -136,6 +136,9 @@ class FakeHub:
     def job_state(self, namespace: str, key: str) -> JobState:
         raise NotImplementedError("jobs are tested on the embedded Hub")
 
+    def job_log(self, namespace: str, key: str) -> tuple[str, ...]:
+        raise NotImplementedError("jobs are tested on the embedded Hub")
+
     def cancel_job(self, namespace: str, key: str) -> None:
         raise NotImplementedError("jobs are tested on the embedded Hub")
 

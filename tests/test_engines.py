@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hubfusion.engines import TRIES, Group, make_groups, refuse_lost
-from hubfusion.engines.jobs import Jobs, read_order, write_order
+from hubfusion.engines.jobs import Jobs, read_lines, read_order, write_line, write_order
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate import Evaluated, Result, Unit, score_units
 from hubfusion.hub import Kind, connect
@@ -76,7 +76,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
 
 
 def jobs(hub: LocalHub, place: Path, source: str = "fake", before: str = "False", after: str = "False") -> Jobs:
-    """Jobs that run `WORKER`, and write after each unit."""
+    """Jobs that run `WORKER`, and commit after each unit."""
     (place / "worker.py").write_text(
         WORKER.format(place=str(place), source=source, kill_before=before, kill_after=after)
     )
@@ -132,6 +132,16 @@ def test_an_order_is_read_as_it_was_written_and_nothing_else_is() -> None:
         read_order(write_order([UNITS[0], replace(UNITS[1], model="m@2")]))
 
 
+def test_a_log_is_read_for_the_units_asked_for_and_a_line_cut_short_is_passed_over() -> None:
+    results = [
+        Result(u.model, u.dataset.key(u.sha), PROBE.hash, u.seed, "accuracy", 50.0, 9, 9, 0.1, {}, "cpu") for u in UNITS
+    ]
+    lines = [write_line(u, r) for u, r in zip(UNITS, results, strict=True)]
+    wanted = {u.key: u for u in UNITS[:3]}
+    log = ["loading", lines[4], lines[0], lines[1][:-9], "result", ""]
+    assert list(read_lines(log, wanted)) == [(UNITS[0], results[0])]
+
+
 def test_jobs_refuse_what_only_this_machine_has(tmp_path: Path) -> None:
     engine = Jobs(connect("http://127.0.0.1:1", "hf_ann"), "ann/results", "ann")
     with pytest.raises(EvaluationError, match="the model must be on the Hub"):
@@ -153,9 +163,23 @@ def test_a_job_killed_in_the_middle_costs_nothing_that_it_had_written(hub: Local
     assert sum(f.path.startswith("results/") for f in engine.hub.files(head, Kind.DATASET)) == 6
 
 
+def test_what_another_caller_measured_meanwhile_is_read_not_measured(hub: LocalHub, tmp_path: Path) -> None:
+    engine, units = replace(jobs(hub, tmp_path), at_once=1), units_on(hub)
+    stream = engine.measure(units)
+    found = [next(stream)]
+    list(engine.measure(units[3:]))  # before the first caller has come to this group
+    found += stream
+    assert len(found) == 6
+    assert sorted(measured(tmp_path)) == ["x 0", "x 1", "x 2", "y 0", "y 1", "y 2"]
+
+
 def test_a_job_killed_with_a_unit_in_hand_costs_that_unit(hub: LocalHub, tmp_path: Path) -> None:
+    """It had committed nothing yet: what it measured before is in its log."""
     engine, units = jobs(hub, tmp_path, before='(unit.dataset.name, unit.seed) == ("y", 1) and first()'), units_on(hub)
-    assert len(list(engine.measure(units))) == 6
+    found = list(replace(engine, push_seconds=600).measure(units))
+    assert sorted((u.dataset.name, u.seed, r.value) for u, r in found) == [
+        (name, seed, 10.0 + seed) for name in "xy" for seed in (0, 1, 2)
+    ]
     assert sorted(measured(tmp_path)) == ["x 0", "x 1", "x 2", "y 0", "y 1", "y 1", "y 2"]
 
 

@@ -87,6 +87,13 @@ def test_recommend_ranks_by_probing_and_tries_on_own_data(place):
     assert " to " in result.output
 
 
+def test_jobs_need_a_place_for_their_results(place):
+    words = command(place, "evaluate", str(place / "base"), "--engine", "jobs")
+    result = subprocess.run([sys.executable, "-m", "hubfusion", *words], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "error: --engine jobs needs --results OWNER/NAME, where the jobs write\n"
+
+
 def test_suite_check_passes_sound_data_and_fails_leaked_data(place):
     data = make_data()
     leaky = make_data(train=8)

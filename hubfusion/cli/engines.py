@@ -18,7 +18,7 @@ from hubfusion.cli.models import Model, cache, find_model
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from hubfusion.evaluate import Engine, Evaluated, Unit
+    from hubfusion.evaluate import Engine, Evaluated, Result, Unit
 
 
 class EngineName(StrEnum):
@@ -135,10 +135,16 @@ def measure(
     every: Annotated[float, typer.Option("--every", help="Seconds between two commits of results.")] = 300.0,
 ) -> None:
     """What a job runs: measure the units of an order and write their results to the Hub."""
-    from hubfusion.engines.jobs import read_order
+    from hubfusion.engines.jobs import read_order, write_line
     from hubfusion.evaluate import score_units
 
     units, store = read_order(order), cache() / "scores"
     model = find_model(units[0].model)
     with sharing(results, units, store, every) as note:
-        score_units(units, store, _here(model), on_event=note)
+
+        def said(missing: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
+            for unit, result in _here(model)(missing):
+                typer.echo(write_line(unit, result))
+                yield unit, result
+
+        score_units(units, store, said, on_event=note)

@@ -2,30 +2,34 @@
 
 A job measures one group with ``hubfusion measure``: it fetches the model at its commit, and writes what it measured to
 the results repository. The caller reads from there, and starts another job for what is left of a group whose job died.
+As a Hub grants only so many commits an hour, a job commits now and then, and says each result in its log at once: what
+a dead job had not committed is read from there.
 If the caller dies, its jobs go on, and the next caller finds their results.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from hubfusion import __version__
 from hubfusion.engines import Group, make_groups, refuse_lost
-from hubfusion.errors import EvaluationError, HubError
-from hubfusion.evaluate import Result, Unit
+from hubfusion.errors import EvaluationError, FusionError, HubError
+from hubfusion.evaluate import Result, Unit, parse_result
 from hubfusion.hub import Hub, Job, Kind
-from hubfusion.lineage import Revision, dumps, loads
+from hubfusion.lineage import Revision, dumps, loads, to_json
 from hubfusion.results import fetch_results
 
 UV_IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 UV = ("uv", "run", "--with", f"hubfusion=={__version__}", "hubfusion")
+MARK = "result"  # begins a line of the log
 ORDER_BYTES = 100_000  # Linux takes 128 KiB in one argument
 
 
@@ -56,6 +60,21 @@ def read_order(text: str) -> tuple[Unit, ...]:
     return units
 
 
+def write_line(unit: Unit, result: Result) -> str:
+    """A result as one line of a log."""
+    return f"{MARK} {unit.key} {json.dumps(to_json(result))}"
+
+
+def read_lines(lines: Iterable[str], units: Mapping[str, Unit]) -> Iterator[tuple[Unit, Result]]:
+    """The results in a log that are about ``units`` (by key); lines of another form, or cut short, are passed over."""
+    for line in lines:
+        mark, _, rest = line.partition(" ")
+        key, _, text = rest.partition(" ")
+        if mark == MARK and key in units:
+            with suppress(FusionError):
+                yield units[key], parse_result(units[key], text, "log")
+
+
 @dataclass(frozen=True, slots=True)
 class Jobs:
     """Which jobs, and on whose account.
@@ -63,7 +82,7 @@ class Jobs:
     ``results``: the dataset repository that they write to, with ``hub``'s token as their secret. ``namespace`` pays.
     ``program`` starts hubfusion in ``image``; the default installs this version with uv. A job is ended after
     ``seconds``; ``at_once`` bounds how many there are at a time, ``most`` the units of one.
-    It writes its results every ``push_seconds`` and at its end: a job that is killed loses those since, no more.
+    It commits its results every ``push_seconds`` and at its end.
     """
 
     hub: Hub
@@ -95,12 +114,13 @@ class Jobs:
                 # States first: what a job had written when it was over is then read.
                 states = {key: self.hub.job_state(self.namespace, key) for key in running}
                 before, head = head, self.hub.resolve(self.results, kind=Kind.DATASET)
-                if head != before:
+                if head != before or any(s.over for s in states.values()):
                     yield from self._collect(head, list(running.values()))
                 for key, state in states.items():
                     if state.over:
                         group = running.pop(key)
-                        if group.is_worth_another(state.message):
+                        last = yield from self._salvage(key, group)
+                        if group.is_worth_another(f"{state.message}; {last}"):
                             waiting.append(group)
             refuse_lost(groups)
         finally:
@@ -121,6 +141,17 @@ class Jobs:
         return self.hub.start_job(
             Job(self.namespace, self.image, command, self.flavor, self.seconds, nonce, self.environment)
         )
+
+    def _salvage(self, key: str, group: Group) -> Generator[tuple[Unit, Result], None, str]:
+        """What a job that is over said in its log and did not commit; returns the last line of the log."""
+        lines: tuple[str, ...] = ()
+        if group.units:
+            with suppress(HubError):
+                lines = self.hub.job_log(self.namespace, key)
+        for unit, result in read_lines(lines, dict(group.units)):
+            if group.take(unit.key) is not None:
+                yield unit, result
+        return lines[-1] if lines else "no log"
 
     def _collect(self, head: Revision, groups: Sequence[Group]) -> Iterator[tuple[Unit, Result]]:
         """What the results repository has of these groups at this commit."""
