@@ -19,12 +19,13 @@ from bot.config import Config, read_plan
 from bot.dispatch import dispatch
 from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
-from bot.worker import Job, Outcome
+from bot.worker import Job, Outcome, Probe
 from hubfusion.card import base_card
 from hubfusion.crawl import crawl, read_card
 from hubfusion.errors import Conflict, Corrupt, NotFound
 from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
 from hubfusion.manifest import Manifest, describe_environment
 from hubfusion.publish import (
@@ -69,7 +70,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """What one run found and decided; ``version`` is the base's next version until it is promoted to that."""
+    """What one run found and decided; ``version`` is the base's next version until it is promoted to that.
+
+    ``trials`` are the sets that were tried to isolate harmful contributions, ``leave_one_out`` what each adds.
+    """
 
     number: int
     verdict: Verdict
@@ -78,6 +82,8 @@ class Iteration:
     contributions: tuple[Contribution, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     decision: Decision | None = None
+    trials: tuple[Trial, ...] = ()
+    leave_one_out: tuple[float, ...] = ()
 
 
 def run_iteration(run: Run, *, act: bool) -> Iteration:
@@ -94,14 +100,16 @@ def run_iteration(run: Run, *, act: bool) -> Iteration:
     if not contributions and not rejected:
         return seen
     outcome, unsound = fuse_and_evaluate(run, release, contributions)
-    seen = replace(seen, contributions=outcome.contributions, rejected=rejected + unsound)
+    seen = replace(seen, contributions=outcome.contributions, rejected=rejected + unsound, trials=outcome.trials)
     if act:
         remember(run, (Judged(r.revision, r.author, r.reason, r.detail, seen.number) for r in seen.rejected))
     if outcome.candidate is None:
         seen = replace(seen, verdict=Verdict.WAITING if outcome.contributions else Verdict.NOTHING_NEW)
     else:
-        decision = decide(outcome.candidate.candidate_scores, outcome.candidate.base_scores, config.gate)
-        seen = replace(seen, decision=decision, verdict=Verdict.PLANNED if decision.promote else Verdict.REFUSED)
+        candidate = outcome.candidate
+        decision = decide(candidate.candidate_scores, candidate.base_scores, config.gate, candidate.findings)
+        verdict = Verdict.PLANNED if decision.promote else Verdict.REFUSED
+        seen = replace(seen, decision=decision, verdict=verdict, leave_one_out=candidate.leave_one_out)
     if act:
         seen = promote_or_refuse(run, release, seen, outcome)
         if seen.verdict is not Verdict.LOST_RACE:  # the winner settles its own release; both at once would answer twice
@@ -159,6 +167,7 @@ def fuse_and_evaluate(
     if len(fetched) < run.config.fuse.at_least:
         return Outcome(tuple(fetched), (), None), tuple(corrupt)
     suite, protocols = read_plan(run.config.evaluate)
+    probe = run.config.leave_one_out
     job = Job(
         base=release.revision,
         base_tag=release.version,
@@ -170,9 +179,30 @@ def fuse_and_evaluate(
         protocols=protocols,
         seeds=run.config.evaluate.seeds,
         store=str(work / "scores"),
+        gate=run.config.gate,
+        minutes=run.config.deadline_minutes,
+        versions=fetch_versions(run, release, work),
+        known_norms=known_norms(run, release),
+        probe=Probe(*read_plan(probe), probe.seeds) if probe else None,
     )
     outcome = dispatch(job, work, run.config.deadline_minutes, run.poll)
     return outcome, (*corrupt, *outcome.rejected)
+
+
+def fetch_versions(run: Run, release: Release, work: Path) -> dict[str, str]:
+    """Folders of the weights of the versions before this one, by tag: whom a contribution is nearest to is asked."""
+    found = {}
+    for earlier in release.before(run.config.examine.versions):
+        run.poll()
+        found[earlier.version] = str(fetch_release(run.reader, earlier, work / "earlier" / earlier.revision.sha))
+    return found
+
+
+def known_norms(run: Run, release: Release) -> tuple[float, ...]:
+    """Norms of the task vectors that the newest versions were made of, from their manifests alone."""
+    newest = [release, *release.before(run.config.examine.history)][: run.config.examine.history]
+    manifests = (manifest_at(run.reader, each.revision) for each in newest)
+    return tuple(norm for manifest in manifests if manifest for norm in manifest.norms)
 
 
 def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outcome) -> Iteration:
@@ -181,9 +211,8 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         return seen
     revisions = tuple(c.revision for c in seen.contributions)
     if not seen.decision.promote:
-        remember(
-            run, [Refused(seen.number, release.revision, revisions, seen.decision.objections, seen.decision.summary)]
-        )
+        said = (seen.decision.objections, seen.decision.summary, seen.trials)
+        remember(run, [Refused(seen.number, release.revision, revisions, *said)])
         return seen
     run.poll()
     manifest = Manifest(
@@ -199,6 +228,10 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         candidate_scores=outcome.candidate.candidate_scores,
         decision=seen.decision,
         environment=describe_environment(),
+        trials=outcome.trials,
+        norms=outcome.candidate.norms,
+        leave_one_out=outcome.candidate.leave_one_out,
+        report=outcome.candidate.report,
     )
     card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
     change = plan_release(run.hub, release, manifest, Path(outcome.candidate.folder), card)
@@ -230,7 +263,8 @@ def settle(run: Run) -> None:
     manifest = manifest_at(run.hub, release.revision)
     if manifest is not None:
         inputs = tuple(c.revision for c in manifest.contributions)
-        remember(run, [Promoted(manifest.iteration, manifest.version, release.revision.sha, inputs)])
+        sha, worth = release.revision.sha, manifest.leave_one_out
+        remember(run, [Promoted(manifest.iteration, manifest.version, sha, inputs, worth)])
         rank(run.hub, config.ranking, release.revision, manifest, run.nonce)
     run.poll()
     answers = list(pending_answers(read_ledger(run.hub, config.ledger), config.base, run.hub.endpoint))
@@ -244,6 +278,7 @@ def tidy(run: Run, outcome: Outcome) -> None:
     if outcome.candidate is not None:
         shutil.rmtree(Path(outcome.candidate.folder).parent, ignore_errors=True)
         shutil.rmtree(Path(run.config.work) / "base" / outcome.candidate.recipe.base.sha, ignore_errors=True)
+        shutil.rmtree(Path(run.config.work) / "earlier", ignore_errors=True)
     for revision in (*(c.revision for c in outcome.contributions), *(r.revision for r in outcome.rejected)):
         shutil.rmtree(_folder(Path(run.config.work), revision), ignore_errors=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hubfusion.errors import HubError, NotFound
@@ -37,6 +37,12 @@ class Release:
     def next_version(self) -> str:
         """The name of the version after this one."""
         return f"v{int(self.version[1:]) + 1}"
+
+    def before(self, most: int) -> list[Release]:
+        """At most ``most`` releases before this one, newest first."""
+        numbers = {int(name[1:]): sha for sha, name in self.versions.items()}
+        earlier = sorted((n for n in numbers if n < int(self.version[1:])), reverse=True)[:most]
+        return [replace(self, version=f"v{n}", revision=replace(self.revision, sha=numbers[n])) for n in earlier]
 
 
 def current_release(hub: Hub, repo: str) -> Release:
@@ -69,9 +75,13 @@ def _weight_hashes(hub: Hub, revision: Revision) -> dict[str, str]:
 
 
 def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, card: str) -> Change:
-    """The commit that makes ``manifest``'s candidate (in the folder ``weights``) the head of the base."""
+    """The commit that makes ``manifest``'s candidate (in the folder ``weights``) the head of the base.
+
+    The report's files lie beside that folder.
+    """
     files: dict[str, bytes | Path] = {file.path: weights / file.path for file in manifest.weights}
     old = _weight_hashes(hub, Revision(release.revision.repo, release.head))
+    files |= {file.path: weights.parent / file.path for file in manifest.report}
     files["README.md"] = card.encode()
     files[FILE] = dumps(manifest).encode()
     title = (
