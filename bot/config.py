@@ -115,10 +115,14 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Where the Hub is and who we are there; the token is never written, printed or handed to the worker."""
+    """Where the Hub is and who we are there; the token is never written, printed or handed to the worker.
+
+    ``signing_key`` is the file of the private key that releases are signed with, if any.
+    """
 
     endpoint: str
     token: str | None = field(default=None, repr=False)
+    signing_key: Path | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -148,5 +152,7 @@ def read_plan(settings: Evaluating) -> tuple[Suite, tuple[Protocol, ...]]:
 
 
 def read_access() -> Access:
-    """``HF_ENDPOINT`` and ``HF_TOKEN`` from the environment, as `huggingface_hub` names them."""
-    return Access(os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT), os.environ.get("HF_TOKEN") or None)
+    """``HF_ENDPOINT`` and ``HF_TOKEN``, as `huggingface_hub` names them, and ``HUBFUSION_SIGNING_KEY``, a PEM file."""
+    key = os.environ.get("HUBFUSION_SIGNING_KEY")
+    endpoint, token = os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT), os.environ.get("HF_TOKEN")
+    return Access(endpoint, token or None, Path(key) if key else None)

@@ -36,6 +36,7 @@ from hubfusion.publish import (
     manifest_at,
     plan_release,
     publish,
+    sign_release,
 )
 from hubfusion.ranking import rank
 from hubfusion.screen import apply_caps, read_base, screen
@@ -58,7 +59,8 @@ class Verdict(StrEnum):
 class Run:
     """A run's surroundings: ``hub`` is ours to write to, ``reader`` has no token and reads what strangers wrote.
 
-    ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there.
+    ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there. Releases are
+    signed with ``signing_key`` (a PEM file) when there is one.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Run:
     reader: Hub
     nonce: str
     poll: Callable[[], None] = lambda: None
+    signing_key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +237,13 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         report=outcome.candidate.report,
     )
     card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
-    change = plan_release(run.hub, release, manifest, Path(outcome.candidate.folder), card)
+    candidate = Path(outcome.candidate.folder)
+    change = plan_release(run.hub, release, manifest, candidate, card)
     try:
-        if not Path(outcome.candidate.folder).is_dir():
+        if not candidate.is_dir():
             raise Conflict(f"{run.config.work}: another run with this work folder came to its decision first")
+        if run.signing_key:
+            change = sign_release(run.hub, release, change, candidate.parent / "signed", run.signing_key)
         publish(run.hub, run.config.base, change, seen.version)
     except Conflict as error:
         log.warning("publish: %s", error)

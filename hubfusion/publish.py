@@ -8,7 +8,9 @@ version is whole. If the run dies between the two, `finish_release` of the next 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from hubfusion.errors import HubError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.lineage import Revision, dumps
 from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
+from hubfusion.signature import SIGNATURE, UNSIGNED, sign
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,8 @@ def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, 
     The report's files lie beside that folder.
     """
     files: dict[str, bytes | Path] = {file.path: weights / file.path for file in manifest.weights}
-    old = _weight_hashes(hub, Revision(release.revision.repo, release.head))
+    head = Revision(release.revision.repo, release.head)
+    old = {*_weight_hashes(hub, head), *(f.path for f in hub.files(head) if f.path == SIGNATURE)}
     files |= {file.path: weights.parent / file.path for file in manifest.report}
     files["README.md"] = card.encode()
     files[FILE] = dumps(manifest).encode()
@@ -88,7 +92,25 @@ def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, 
         f"iteration {manifest.iteration}: {len(manifest.contributions)} contributions, {manifest.recipe.method}, "
         f"mean gain {manifest.decision.mean_gain:+.2f}, promoted"
     )
-    return Change(title, release.head, manifest.nonce, files, sorted(set(old) - set(files)))
+    return Change(title, release.head, manifest.nonce, files, sorted(old - set(files)))
+
+
+def sign_release(hub: Hub, release: Release, change: Change, staging: Path, private_key: Path) -> Change:
+    """``change`` with a signature over every file that the revision will have; ``staging`` gets just these files."""
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    head = Revision(release.revision.repo, release.head)
+    for file in hub.files(head):
+        if file.path not in (*change.files, *change.delete, *UNSIGNED):
+            hub.download(head, file, staging / file.path)
+    for path, content in change.files.items():
+        if isinstance(content, Path):
+            os.link(content, staging / path)
+        elif path not in UNSIGNED:
+            (staging / path).write_bytes(content)
+    signed = {**change.files, SIGNATURE: sign(staging, private_key)}
+    log.info("publish: signed %d files", len(list(staging.rglob("*"))) - 1)
+    return replace(change, files=signed, delete=[path for path in change.delete if path not in signed])
 
 
 def publish(hub: Hub, repo: str, change: Change, version: str) -> Revision:

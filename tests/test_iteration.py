@@ -557,3 +557,30 @@ def test_contributions_are_compared_with_the_version_before_and_with_norms_accep
     world.offer("bob/two", tiny.finetuned(second, 31, step=0.02 / 100))
     found = {r.revision.repo: r.reason for r in world.iterate("norms", act=False).rejected}
     assert found == {"mallory/old": Reason.WRONG_BASE, "alice/two": Reason.OUTLIER, "bob/two": Reason.OUTLIER}
+
+
+def test_a_release_is_signed_with_the_key_and_a_later_unsigned_one_carries_no_old_signature(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    from hubfusion.provenance import verify
+    from tests.published import make_keys
+
+    private, public = make_keys(tmp_path)
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/one")
+    with caplog.at_level("DEBUG"):
+        result = run_iteration(replace(world.run("signed"), signing_key=private), act=True)
+    assert result.verdict is Verdict.PROMOTED and "publish: signed" in caplog.text
+    assert not [line for line in private.read_text().splitlines()[1:-1] if line in caplog.text]
+    hub = world.hub()
+    assert verify(hub, BASE, "v1", tmp_path / "a", public_key=public).differences == ()
+    _, other = make_keys(tmp_path / "other")
+    (said,) = verify(hub, BASE, "v1", tmp_path / "b", public_key=other).differences
+    assert said.startswith("model.sig does not hold")
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/two")
+    assert world.iterate("unsigned").verdict is Verdict.PROMOTED
+    assert "model.sig" not in [f.path for f in hub.files(hub.resolve(BASE, "v2"))]
+    assert verify(hub, BASE, "v2", tmp_path / "c", public_key=public).differences == (f"{BASE} v2 is not signed",)
