@@ -37,6 +37,7 @@ from hubfusion.publish import (
     plan_release,
     publish,
     sign_release,
+    weight_hashes,
 )
 from hubfusion.ranking import rank
 from hubfusion.screen import apply_caps, read_base, screen
@@ -193,10 +194,17 @@ def fuse_and_evaluate(
 
 
 def fetch_versions(run: Run, release: Release, work: Path) -> dict[str, str]:
-    """Folders of the weights of the versions before this one, by tag: whom a contribution is nearest to is asked."""
+    """Folders of the weights of the versions before this one, by tag: whom a contribution is nearest to is asked.
+
+    A version with the base's own weights (it was rolled back to them) tells nothing.
+    """
     found = {}
-    for earlier in release.before(run.config.examine.versions):
+    wanted = release.before(run.config.examine.versions)
+    ours = weight_hashes(run.reader, release.revision) if wanted else {}
+    for earlier in wanted:
         run.poll()
+        if weight_hashes(run.reader, earlier.revision) == ours:
+            continue
         found[earlier.version] = str(fetch_release(run.reader, earlier, work / "earlier" / earlier.revision.sha))
     return found
 

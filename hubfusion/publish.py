@@ -60,7 +60,7 @@ def current_release(hub: Hub, repo: str) -> Release:
     newest = max(versions.values(), key=lambda name: int(name[1:]))
     release = Release(newest, Revision(repo, tags[newest]), hub.resolve(repo).sha, versions)
     if release.head != release.revision.sha:
-        tagged, now = (_weight_hashes(hub, Revision(repo, sha)) for sha in (release.revision.sha, release.head))
+        tagged, now = (weight_hashes(hub, Revision(repo, sha)) for sha in (release.revision.sha, release.head))
         if tagged != now:
             raise HubError(f"{repo}: main has other weights than {newest}; tag them as a version or revert them first")
     return release
@@ -73,7 +73,8 @@ def fetch_release(hub: Hub, release: Release, folder: Path) -> Path:
     return folder
 
 
-def _weight_hashes(hub: Hub, revision: Revision) -> dict[str, str]:
+def weight_hashes(hub: Hub, revision: Revision) -> dict[str, str]:
+    """The Hub's hash of every weight file at a revision, by path."""
     return {f.path: f.sha256 or f.blob for f in hub.files(revision) if WEIGHTS.fullmatch(f.path)}
 
 
@@ -84,7 +85,7 @@ def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, 
     """
     files: dict[str, bytes | Path] = {file.path: weights / file.path for file in manifest.weights}
     head = Revision(release.revision.repo, release.head)
-    old = {*_weight_hashes(hub, head), *(f.path for f in hub.files(head) if f.path == SIGNATURE)}
+    old = {*weight_hashes(hub, head), *(f.path for f in hub.files(head) if f.path == SIGNATURE)}
     files |= {file.path: weights.parent / file.path for file in manifest.report}
     files["README.md"] = card.encode()
     files[FILE] = dumps(manifest).encode()
