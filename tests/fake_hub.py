@@ -120,7 +120,8 @@ class FakeHub:
         tree = dict(history[-1][1]) if history else {}
         for path in change.delete:
             tree.pop(path, None)
-        return self.add(repo, tree | dict(change.files), change.title).sha
+        new = {p: c.read_bytes() if isinstance(c, Path) else c for p, c in change.files.items()}
+        return self.add(repo, tree | new, change.title).sha
 
     def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
         if self.tagged.setdefault(repo, {}).setdefault(name, sha) != sha:
