@@ -16,7 +16,7 @@ from hubfusion.engines import TRIES, Group, make_groups, refuse_lost
 from hubfusion.engines.jobs import Jobs, read_lines, read_order, write_line, write_order
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate import Evaluated, Result, Unit, score_units
-from hubfusion.hub import Kind, connect
+from hubfusion.hub import Job, Kind, connect
 from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
 from hubfusion.protocols import STANDARD, read_protocols
@@ -227,6 +227,23 @@ def test_a_unit_that_comes_twice_counts_once(tmp_path: Path) -> None:
     scores = score_units(UNITS, tmp_path, twice, on_event=events.append)  # type: ignore[arg-type]
     assert [e.done for e in events] == [1, 2, 3, 4, 5, 6]
     assert [s.seeds for s in scores] == [(0, 1, 2), (0, 1, 2)]
+
+
+def test_a_job_is_started_once_for_a_nonce_and_one_that_is_unknown_is_over(hub: LocalHub) -> None:
+    client = connect(hub.endpoint, "hf_ann")
+    job = Job("ann", "none", ("sh", "-c", "echo $HF_TOKEN $A; exit 3"), "cpu-basic", 60, "n1", {"A": "1"})
+    key = client.start_job(job)
+    assert client.start_job(job) == key
+    assert client.start_job(replace(job, nonce="n2")) != key
+    deadline = time.monotonic() + 20
+    while not (state := client.job_state("ann", key)).over:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert state.message == "error: exit code 3"
+    assert client.job_log("ann", key) == ("hf_ann 1",)
+    client.cancel_job("ann", key)  # is over, and stays so
+    assert client.job_state("ann", key) == state
+    assert client.job_state("ann", "0" * 24).over
 
 
 @pytest.mark.slow

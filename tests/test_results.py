@@ -12,7 +12,7 @@ import pytest
 
 from hubfusion.errors import Conflict, EvaluationError, HubError
 from hubfusion.evaluate import Evaluated, Result, Unit, path_of, read_result, write_result
-from hubfusion.hub import Change, Kind
+from hubfusion.hub import Change, Kind, connect
 from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
 from hubfusion.protocols import STANDARD
@@ -121,6 +121,13 @@ def test_a_hub_that_takes_nothing_in_between_gets_all_at_the_end(tmp_path: Path)
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     with serve(tmp_path_factory.mktemp("served")) as running:
         yield running
+
+
+def test_the_files_that_are_there_are_found_among_many_paths(hub: LocalHub) -> None:
+    client = connect(hub.endpoint)
+    head = client.resolve(MODEL)
+    paths = [*(f"results/{i}" for i in range(1200)), "config.json", "results"]
+    assert client.present(head, paths) == {"config.json"}
 
 
 CODE = """
