@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,26 @@ def test_a_node_that_dies_costs_units_in_hand_and_none_comes_twice(
     assert len({(e.dataset, e.protocol, e.seed) for e in events}) == 24
     here = evaluate(base, "m@1", suite, PROTOCOLS, range(3), tmp_path / "here")
     assert here.entries == scores.entries
+
+
+def test_a_caller_that_stops_leaves_no_task_on_a_connection_that_it_found(cluster: Any, tmp_path: Path) -> None:
+    import ray
+
+    base = make_base(tmp_path / "base")
+    suite = Suite("one", (write_task(tmp_path / "a", make_data(name="a")),))
+    units = plan_units("m@1", suite, PROTOCOLS, range(200))
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        stream = Cluster().measure(base, units)
+        next(stream)
+        stream.close()
+        assert ray.is_initialized()
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != 1:
+            assert time.monotonic() < deadline, "the task still runs"
+            time.sleep(0.2)
+    finally:
+        ray.shutdown()
 
 
 def test_without_a_cluster_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -54,18 +54,22 @@ class Cluster:
             files = ray.put(_pack(checkpoint))
             groups = make_groups(units, self.most)
             running = {task.remote(files, list(g.units.values())): g for g in groups}
-            while running:
-                (stream,), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-                group = running[stream]
-                try:
-                    key, result = ray.get(next(stream))
-                except (StopIteration, ray.exceptions.RayError) as error:
-                    del running[stream]
-                    if group.is_worth_another(_reason(error)):
-                        running[task.remote(files, list(group.units.values()))] = group
-                else:
-                    if (unit := group.take(key)) is not None:
-                        yield unit, result
+            try:
+                while running:
+                    (stream,), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+                    group = running[stream]
+                    try:
+                        key, result = ray.get(next(stream))
+                    except (StopIteration, ray.exceptions.RayError) as error:
+                        del running[stream]
+                        if group.is_worth_another(_reason(error)):
+                            running[task.remote(files, list(group.units.values()))] = group
+                    else:
+                        if (unit := group.take(key)) is not None:
+                            yield unit, result
+            finally:
+                for stream in running:  # of a caller that stopped
+                    ray.cancel(stream)
             refuse_lost(groups)
 
 
