@@ -203,8 +203,8 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
             threshold = nth_largest(_variances(models, name), entries, rank, models.dtype)
             energies = np.zeros(len(models.sources))
             for piece in _pieces(models, (name,), 1):
-                chosen = sparse.variance(piece.deltas) >= threshold
-                picked = piece.deltas[:, chosen].astype(np.float64)
+                chosen = np.flatnonzero(sparse.variance(piece.deltas) >= threshold)
+                picked = np.take(piece.deltas, chosen, axis=1).astype(np.float64)
                 energies += (picked * picked).sum(axis=1)
             with lock:
                 found[name] = {"threshold": threshold, "energies": energies.tolist()}
@@ -218,9 +218,11 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
 def _variances(models: Models, name: str) -> Callable[[int], Iterator[Array]]:
     def stream(every: int) -> Iterator[Array]:
         for piece in _pieces(models, (name,), every):
-            spread = sparse.variance(piece.deltas)
+            with np.errstate(over="ignore", invalid="ignore"):
+                spread = sparse.variance(piece.deltas)
             if not np.isfinite(spread).all():
                 models.refuse_not_finite(piece)
+                raise CheckpointError(f"{name}: the variance over the deltas is too large for {models.dtype.__name__}")
             yield spread
 
     return stream
