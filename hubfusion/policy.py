@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Policy:
     """What a maintainer allows; every field has a default that is safe for strangers (TOML or JSON: same names).
 
-    ``licenses`` are the Hub's ids; empty means the permissive ones and the base's own. ``authors_allowed`` empty
+    ``licenses`` are the Hub's ids; empty means the permissive ones and the base's own. With ``check_dataset_licenses``
+    the declared training datasets must have one of them, too, by their cards now. ``authors_allowed`` empty
     means everybody. Sizes are bytes; caps count contributions of one iteration.
     """
 
@@ -17,6 +18,7 @@ class Policy:
     authors_allowed: tuple[str, ...] = ()
     authors_blocked: tuple[str, ...] = ()
     opt_out_tags: tuple[str, ...] = ("cold-fusion-opt-out", "no-merge")
+    check_dataset_licenses: bool = False
     require_declared_base: bool = True
     any_float_dtype: bool = False
     max_files: int = 500
