@@ -28,7 +28,7 @@ Set = tuple[Contribution, ...]
 
 
 class Bench:
-    """One job's contributions and what was found out about sets of them; nothing is fused or judged twice."""
+    """One job's contributions and what was found out about sets of them."""
 
     def __init__(self, job: Job, folder: Path, report: Report) -> None:
         self.job, self.folder, self.base = job, folder, Path(job.base_folder)

@@ -610,3 +610,13 @@ def test_a_finding_of_the_trigger_scan_is_an_objection_and_its_cause_is_isolated
     (rejected,) = result.rejected
     assert (rejected.author, rejected.reason) == ("mallory", Reason.HARMFUL)
     assert rejected.detail.endswith("refuses them with it: Trigger scan on news: x.")
+
+
+def test_no_trial_is_begun_that_would_end_after_the_deadline(world: World) -> None:
+    from dataclasses import replace
+
+    offer_poison(world, "mallory", "alice", "bob")
+    world.config = replace(world.config, deadline_minutes=0.0)
+    result = world.iterate()
+    assert (result.verdict, result.trials) == (Verdict.REFUSED, ())
+    assert len(result.contributions) == 3
