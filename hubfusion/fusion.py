@@ -97,8 +97,8 @@ What holds for all of them:
   passes sum in float64 over fixed blocks, and random draws depend on the seed, the input's place in that order, the
   parameter and the entry. On a torch device the device's own rounding applies. GPU figures have not been measured.
 - **Memory** is bounded by pieces that fit a core's cache; it grows neither with the number of inputs nor with the
-  model. Exceptions: `regmean`, `iso_c` and `tsv` hold one parameter of all inputs (and its float64 copies); `della`
-  holds whole rows.
+  model. Exceptions: `regmean`, `iso_c` and `tsv` hold one whole parameter, of one input at a time, with its float64
+  decomposition or sums: the largest matrix bounds them, and it does not grow with the inputs. `della` holds whole rows.
 - **Two passes** where a method needs to know the model first: `ties` (exact thresholds by counting, no sort),
   `breadcrumbs`, `sce`, and everything that needs inner products or norms (`model_stock`, `slerp`, `karcher`,
   `geometric_median`, `multi_krum`, and `norm` other than "keep").
