@@ -33,11 +33,35 @@ def test_files_are_found_beside_the_settings(tmp_path: Path) -> None:
     assert suite.name == "mine"
 
 
+def test_a_probe_suite_is_found_beside_the_settings_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('name = "mine"\ndatasets = [{ name = "d", repo = "a/d" }]\n')
+    (tmp_path / "bot.toml").write_text(LEAST + "[leave_one_out]\nsuite = 'mine.toml'\nseeds = [0]\n")
+    probe = read_config(tmp_path / "bot.toml").leave_one_out
+    assert probe is not None and probe.seeds == (0,)
+    assert read_plan(probe)[0].name == "mine"
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "slerp"])
+def test_a_method_that_cannot_clip_is_fine_without(tmp_path: Path, method: str) -> None:
+    (tmp_path / "bot.toml").write_text(LEAST + f"[fuse]\nmethod = '{method}'\nclip = false\n")
+    assert read_config(tmp_path / "bot.toml").fuse.method == method
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (LEAST + "[fuse]\nmethd = 'ties'\n", r"bot\.toml\.fuse: unknown key 'methd', allowed are method, options"),
         (LEAST + "[fuse]\nclip = 'yes'\n", r"bot\.toml\.fuse\.clip: true or false is needed, got 'yes'"),
+        (
+            LEAST + "[fuse]\nmethod = 'ties'\n",
+            "fuse.clip: ties cannot clip; set clip = false or use one of average, geometric_median, median, "
+            "multi_krum, task_arithmetic, trimmed_mean$",
+        ),
+        (LEAST + "[fuse]\noptions = { norm = 'equal' }\n", r"fuse\.options\.norm: clip = true decides it"),
+        (LEAST + "[fuse]\nmethod = 'mean'\n", r"fuse\.method must be one of average, .* got 'mean'"),
+        (LEAST + "[fuse]\nisolate = -1\n", r"fuse\.isolate must be at least 0, got -1"),
+        (LEAST + "[fuse]\nat_least = 0\n", r"fuse\.at_least must be at least 1, got 0"),
+        (LEAST + "[examine]\nversions = -1\n", r"examine\.versions must be at least 0, got -1"),
         (LEAST + "[gate]\nmean = -1\n", r"gate\.mean must be at least 0 points, got -1"),
         ("base = 'a/b'\n", r"key 'ledger' is missing"),
         ("base = \n", r"bot\.toml: not TOML"),

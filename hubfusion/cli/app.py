@@ -13,6 +13,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+from hubfusion.cli import compare as _compare  # noqa: E402,F401
 from hubfusion.cli import contribute as _contribute  # noqa: E402,F401
 from hubfusion.cli import evaluate as _evaluate  # noqa: E402,F401
 from hubfusion.cli import hub as _hub  # noqa: E402,F401
