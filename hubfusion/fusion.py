@@ -106,13 +106,13 @@ What holds for all of them:
   pooler are kept as they are when an input lacks them; integer buffers must equal the base's or be absent. A trunk
   parameter that is missing, foreign or of another shape is an error before anything is written. Values that are not
   finite are refused with file, parameter and entry.
-- **Models on the Hub** are pinned to a commit, downloaded four files at a time into a folder of their own (in `TMPDIR`),
-  checked against the listed hash, and removed when the fuse is done. The fuse begins when all are there. `average` and
-  `task_arithmetic` could add up one contribution at a time and delete it, but then a contribution that does not fit
-  would be found after the work of the others, whether to work in float64 would be known too late, the sum would be a
-  float32 model on the disk, read and written once an input, and little time would be won: for nine files of 50 MB
-  from a Hub on the same machine (2 cores) the download takes 3.3 s and the fuse 0.5 s (4.3 s one after another; 4.7 s
-  against 9.2 s when each answer comes half a second late).
+- **Models on the Hub** are pinned to a commit, downloaded four files at a time into a folder of their own (in
+  `TMPDIR`), checked against the listed hash, and removed when the fuse is done. The fuse begins when all are there.
+  `average` and `task_arithmetic` could add up one contribution at a time and delete it, but then a contribution that
+  does not fit would be found after the work of the others, whether to work in float64 would be known too late, the
+  sum would be a float32 model on the disk, read and written once an input, and little time would be won: for nine
+  files of 50 MB from a Hub on the same machine (2 cores) the download takes 3.3 s and the fuse 0.5 s (4.3 s one after
+  another; 4.7 s against 9.2 s when each answer comes half a second late).
 - **mergekit's YAML** is followed for linear, task_arithmetic, ties, dare_linear, dare_ties, della, breadcrumbs, sce,
   model_stock, slerp, nuslerp and karcher; any other method, parameter or value is an error that names it. Compared
   with mergekit 0.1.5 on two-layer models in float32, entries and deltas of size 1 (`benchmarks/agreement.py`):
