@@ -28,7 +28,7 @@ Set = tuple[Contribution, ...]
 
 
 class Bench:
-    """One job's contributions and what was found out about sets of them; nothing is fused or judged twice."""
+    """One job's contributions and what was found out about sets of them."""
 
     def __init__(self, job: Job, folder: Path, report: Report) -> None:
         self.job, self.folder, self.base = job, folder, Path(job.base_folder)
@@ -69,9 +69,10 @@ class Bench:
         weights = tuple(RemoteFile(f.name, f.size, "", f.sha256) for f in fused.files)
         self.complete(place)
         base, scores = (self.score(path, job.suite, job.protocols, job.seeds) for path in (self.base, place))
+        candidate = Candidate(str(place), recipe, weights, base, scores, self.look_for_triggers(place))
         norms = tuple(self.norms[r] for r in recipe.inputs)
         report = tuple(describe_file(self.folder / file) for file in REPORT)
-        candidate = Candidate(str(place), recipe, weights, base, scores, norms=norms, report=report)
+        candidate = replace(candidate, norms=norms, report=report)
         return candidate, decide(scores, base, job.gate, candidate.findings)
 
     def recipe(self, chosen: Set) -> Recipe:
@@ -101,6 +102,14 @@ class Bench:
         found = evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)
         self.longest = max(self.longest, time.monotonic() - began)
         return found
+
+    def look_for_triggers(self, place: Path) -> tuple[str, ...]:
+        """What the trigger scan objects to, when the settings ask for it."""
+        if self.job.triggers is None:
+            return ()
+        from hubfusion.triggers import scan
+
+        return scan(place, self.base, self.job.suite, self.job.triggers)
 
     def isolate(self, sound: Set, worth: Sequence[float]) -> tuple[Culprit, ...]:
         """Whom the gate objects to, by trials within the job's number and time; the best guess is tried first."""

@@ -11,7 +11,7 @@ from hubfusion.errors import FusionError
 from hubfusion.gate import Margins
 from hubfusion.lineage import Option, from_json
 from hubfusion.methods import METHODS
-from hubfusion.policy import Policy
+from hubfusion.policy import Policy, Scan
 from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.suite import Suite, load_suite
 
@@ -97,6 +97,7 @@ class Config:
     """Everything a run needs to know; ``deadline_minutes`` bounds one fuse-and-evaluate job.
 
     ``leave_one_out`` names a probe suite on which each contribution is left out once; None measures nothing.
+    ``triggers`` scans candidates for backdoors before the gate; None does not.
     """
 
     base: str
@@ -108,6 +109,7 @@ class Config:
     fuse: Fusing = field(default_factory=Fusing)
     examine: Examining = field(default_factory=Examining)
     leave_one_out: Evaluating | None = None
+    triggers: Scan | None = None
     screen: Policy = field(default_factory=Policy)
     gate: Margins = field(default_factory=Margins)
     schedule: Schedule = field(default_factory=Schedule)

@@ -188,6 +188,7 @@ def fuse_and_evaluate(
         versions=fetch_versions(run, release, work),
         known_norms=known_norms(run, release),
         probe=Probe(*read_plan(probe), probe.seeds) if probe else None,
+        triggers=run.config.triggers,
     )
     outcome = dispatch(job, work, run.config.deadline_minutes, run.poll)
     return outcome, (*corrupt, *outcome.rejected)

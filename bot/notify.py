@@ -31,7 +31,7 @@ FIX: Mapping[Reason, str] = {
     Reason.GONE: "keep the files of a pushed commit in place until the next iteration has looked at them.",
     Reason.FLAGGED: "see what the Hub's scanners say on your repository's page and remove the files that they name.",
     Reason.CUSTOM_CODE: "upload a model that needs no code of its own (no auto_map, no .py files).",
-    Reason.NO_SAFETENSORS: "save the weights with save_pretrained, which writes model.safetensors.",
+    Reason.NO_SAFETENSORS: "save the whole model with save_pretrained; merge an adapter first (merge_and_unload).",
     Reason.BAD_FILES: "upload only what save_pretrained writes: one model.safetensors, or shards with their index.",
     Reason.TOO_LARGE: "upload the weights alone, in the base's precision, without optimizer state.",
     Reason.BAD_HEADER: "save the weights again with save_pretrained and upload the file unchanged.",

@@ -18,6 +18,7 @@ from hubfusion.errors import FusionError
 from hubfusion.gate import Margins
 from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revision, dumps, loads
+from hubfusion.policy import Scan
 from hubfusion.protocols import Protocol
 from hubfusion.scores import Scores
 from hubfusion.suite import Suite
@@ -60,6 +61,7 @@ class Job:
     versions: Mapping[str, str] = field(default_factory=dict)
     known_norms: tuple[float, ...] = ()
     probe: Probe | None = None
+    triggers: Scan | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,3 +110,12 @@ def test_a_method_that_cannot_clip_is_refused_by_name() -> None:
     for method in sorted(set(METHODS) - CLIPPING):
         with pytest.raises(FusionError, match=f"fuse.clip: {method} cannot clip"):
             Fusing(method)
+
+
+def test_sets_too_small_for_the_method_end_the_search_and_nobody_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing("slerp", clip=False), (0.001, 0.002))
+    monkeypatch.setattr(Bench, "score", lambda self, *rest: pytest.fail("nothing is scored that cannot be fused"))
+    assert made.isolate(made.job.contributions, ()) == ()
+    assert made.trials == {}

@@ -73,11 +73,14 @@ def test_the_recipe_that_was_left_gives_the_same_bytes(models, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_a_mergekit_file_is_followed(models, tmp_path):
+def test_a_mergekit_file_is_followed(models, tmp_path, capsys):
     base, inputs = models
     models_yaml = "\n".join(f"  - model: {json.dumps(p.name)}" for p in inputs)
-    (tmp_path / "merge.yml").write_text(f"merge_method: linear\nbase_model: base\nmodels:\n{models_yaml}\n")
+    (tmp_path / "merge.yml").write_text(
+        f"merge_method: linear\nbase_model: base\ndtype: float32\nmodels:\n{models_yaml}\n"
+    )
     assert run("fuse", tmp_path / "merge.yml", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().err.startswith("note: dtype: sums are float32")
     mean = np.mean([load(p)["encoder.layer.0.dense.bias"].astype(float) for p in inputs], axis=0)
     np.testing.assert_allclose(load(tmp_path / "out")["encoder.layer.0.dense.bias"], mean, rtol=1e-6)
 

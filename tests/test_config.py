@@ -90,3 +90,18 @@ def test_the_token_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     access = read_access()
     assert (access.endpoint, access.token) == ("http://127.0.0.1:1", "hf_canary")
     assert "hf_canary" not in repr(access)
+
+
+def test_a_trigger_scan_is_off_until_its_table_is_there(tmp_path: Path) -> None:
+    (tmp_path / "bot.toml").write_text(LEAST)
+    assert read_config(tmp_path / "bot.toml").triggers is None
+    (tmp_path / "bot.toml").write_text(LEAST + "[triggers]\ntokens = 50\nradii = [0.5, 1]\n")
+    found = read_config(tmp_path / "bot.toml").triggers
+    assert found is not None and (found.tokens, found.radii, found.texts) == (50, (0.5, 1.0), 32)
+
+
+def test_the_signing_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HUBFUSION_SIGNING_KEY", raising=False)
+    assert read_access().signing_key is None
+    monkeypatch.setenv("HUBFUSION_SIGNING_KEY", "/keys/release.pem")
+    assert read_access().signing_key == Path("/keys/release.pem")

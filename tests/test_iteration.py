@@ -584,3 +584,39 @@ def test_a_release_is_signed_with_the_key_and_a_later_unsigned_one_carries_no_ol
     assert world.iterate("unsigned").verdict is Verdict.PROMOTED
     assert "model.sig" not in [f.path for f in hub.files(hub.resolve(BASE, "v2"))]
     assert verify(hub, BASE, "v2", tmp_path / "c", public_key=public).differences == (f"{BASE} v2 is not signed",)
+
+
+def test_a_finding_of_the_trigger_scan_is_an_objection_and_its_cause_is_isolated(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from hubfusion import triggers
+    from hubfusion.policy import Scan
+
+    offer_poison(world, "mallory", "alice", "bob", "carol")
+    gain = world.gain
+    assert callable(gain)
+    world.gain = (1.0, 0.5)  # accuracy shows nothing
+
+    def scan(candidate: Path, base: Path, suite: object, settings: Scan) -> tuple[str, ...]:
+        return ("Trigger scan on news: x.",) * (gain(candidate)[1] < -5)
+
+    monkeypatch.setattr(triggers, "scan", scan)
+    assert world.iterate(act=False).verdict is Verdict.PLANNED
+    world.config = replace(world.config, triggers=Scan())
+    result = world.iterate()
+    assert result.verdict is Verdict.PROMOTED
+    (rejected,) = result.rejected
+    assert (rejected.author, rejected.reason) == ("mallory", Reason.HARMFUL)
+    assert rejected.detail.endswith("refuses them with it: Trigger scan on news: x.")
+
+
+def test_no_trial_is_begun_that_would_end_after_the_deadline(world: World) -> None:
+    from dataclasses import replace
+
+    offer_poison(world, "mallory", "alice", "bob")
+    world.config = replace(world.config, deadline_minutes=0.0)
+    result = world.iterate()
+    assert (result.verdict, result.trials) == (Verdict.REFUSED, ())
+    assert len(result.contributions) == 3

@@ -250,6 +250,12 @@ def test_model_stock_by_hand():
     assert not model_stock(np.array([[1.0], [-1.0]]), [1, 1]).any()
 
 
+def test_model_stock_of_eight_nearly_orthogonal_inputs_hardly_moves():
+    cosine = 0.01  # between finetunes of different tasks: t = 8 · 0.01 / (1 + 7 · 0.01) = 0.075
+    deltas = np.linalg.cholesky(np.full((8, 8), cosine) + (1 - cosine) * np.eye(8))
+    np.testing.assert_allclose(model_stock(deltas, [1] * 8), 0.0748 * deltas.mean(axis=0), rtol=1e-3)
+
+
 def test_model_stock_does_not_depend_on_how_small_the_deltas_are():
     deltas = np.array([[2.0, 0.0], [1.0, 3**0.5]])
     np.testing.assert_allclose(model_stock(deltas * 1e-12, [1, 1]) * 1e12, model_stock(deltas, [1, 1]))
@@ -270,6 +276,8 @@ def test_trimmed_mean_and_median_by_hand():
     deltas = np.array([[1.0], [2.0], [4.0], [9.0], [100.0]])
     assert trimmed_mean(deltas, [1] * 5, trim=0.2, norm="keep").tolist() == [5.0]
     assert trimmed_mean(deltas, [1] * 5, trim=0.19, norm="keep").tolist() == [23.2]
+    eight = np.array([[-100.0], [1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [100.0]])  # 0.2 of 8: one from each side
+    assert trimmed_mean(eight, [1] * 8, trim=0.2, norm="keep").tolist() == [3.5]
     assert median(deltas, [1] * 5, norm="keep").tolist() == [4.0]
     assert median(deltas[:4], [1] * 4, norm="keep").tolist() == [3.0]
     assert trimmed_mean(deltas, [1] * 5, trim=0.2, norm="clip").tolist() == pytest.approx([10 / 3])
