@@ -251,6 +251,17 @@ def main() -> None:
             print(f"{time.monotonic() - begin:5.0f} s  {attack}, {number} of 8: {row}", flush=True)
             if arguments.out:
                 arguments.out.write_text(json.dumps(table, indent=1))
+    print(as_markdown(table))
+
+
+def as_markdown(table: Mapping[str, Mapping[str, str]]) -> str:
+    """The table for docs/trust.md: one row an attack, one column a method; ✗ where the gate objects."""
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
+    lines = ["| attack | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for attack, row in table.items():
+        cells = [row.get(c, "not tried").replace(" gate objects", " ✗") for c in columns]
+        lines.append(f"| {attack} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def try_all(

@@ -10,18 +10,22 @@ from pathlib import Path
 from hubfusion.errors import FusionError
 from hubfusion.gate import Margins
 from hubfusion.lineage import Option, from_json
-from hubfusion.policy import Policy
+from hubfusion.methods import METHODS
+from hubfusion.policy import Policy, Scan
 from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.suite import Suite, load_suite
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+LINEAR = ("average", "task_arithmetic")
 
 
 @dataclass(frozen=True, slots=True)
 class Fusing:
     """How contributions become a candidate; fewer than ``at_least`` sound ones wait for more.
 
-    ``clip`` scales every task vector down to the median norm before the method sees it.
+    ``clip`` scales every task vector down to the median norm before the method sees it: by the coefficients of a
+    linear method, by the option ``norm`` of those that have it; others cannot clip. When the gate refuses a candidate,
+    at most ``isolate`` more are fused and evaluated to find whose contribution it objects to; 0 refuses them all.
     """
 
     method: str = "average"
@@ -29,6 +33,42 @@ class Fusing:
     scale: float = 1.0
     clip: bool = True
     at_least: int = 2
+    isolate: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse a clip that the method cannot do, or that its options already decide, and negative counts."""
+        if self.method not in METHODS:
+            raise FusionError(f"fuse.method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
+        if self.clip and not self.clips_by_coefficients and "norm" not in METHODS[self.method].options:
+            able = sorted({*LINEAR, *(name for name, method in METHODS.items() if "norm" in method.options)})
+            raise FusionError(f"fuse.clip: {self.method} cannot clip; set clip = false or use one of {', '.join(able)}")
+        if self.clip and "norm" in self.options:
+            raise FusionError("fuse.options.norm: clip = true decides it; set clip = false to choose another")
+        for name, least in (("at_least", 1), ("isolate", 0)):
+            if getattr(self, name) < least:
+                raise FusionError(f"fuse.{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def clips_by_coefficients(self) -> bool:
+        """Whether a clipped task vector is one with a smaller coefficient, as it is for sums of task vectors."""
+        return self.method in LINEAR
+
+
+@dataclass(frozen=True, slots=True)
+class Examining:
+    """What contributions are compared with: weights of the last ``versions`` before the base, norms of ``history``.
+
+    A version costs its download and one more pass; the norms stand in the manifests of the last ``history`` versions.
+    """
+
+    versions: int = 1
+    history: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse negative counts."""
+        for name, value in (("versions", self.versions), ("history", self.history)):
+            if value < 0:
+                raise FusionError(f"examine.{name} must be at least 0, got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +94,11 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything a run needs to know; ``deadline_minutes`` bounds one fuse-and-evaluate job."""
+    """Everything a run needs to know; ``deadline_minutes`` bounds one fuse-and-evaluate job.
+
+    ``leave_one_out`` names a probe suite on which each contribution is left out once; None measures nothing.
+    ``triggers`` scans candidates for backdoors before the gate; None does not.
+    """
 
     base: str
     ledger: str
@@ -63,6 +107,9 @@ class Config:
     work: str = "work"
     deadline_minutes: float = 600.0
     fuse: Fusing = field(default_factory=Fusing)
+    examine: Examining = field(default_factory=Examining)
+    leave_one_out: Evaluating | None = None
+    triggers: Scan | None = None
     screen: Policy = field(default_factory=Policy)
     gate: Margins = field(default_factory=Margins)
     schedule: Schedule = field(default_factory=Schedule)
@@ -70,10 +117,14 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Where the Hub is and who we are there; the token is never written, printed or handed to the worker."""
+    """Where the Hub is and who we are there; the token is never written, printed or handed to the worker.
+
+    ``signing_key`` is the file of the private key that releases are signed with, if any.
+    """
 
     endpoint: str
     token: str | None = field(default=None, repr=False)
+    signing_key: Path | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -85,10 +136,15 @@ def read_config(path: Path) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise FusionError(f"{path}: not TOML: {error}") from None
     config = from_json(Config, data, str(path))
-    wanted = config.evaluate
+    probe = config.leave_one_out
+    evaluate = _beside(path, config.evaluate)
+    return replace(config, evaluate=evaluate, leave_one_out=_beside(path, probe) if probe else None)
+
+
+def _beside(path: Path, wanted: Evaluating) -> Evaluating:
+    """File names relative to the settings' own folder."""
     suite = str(path.parent / wanted.suite) if wanted.suite.endswith(".toml") else wanted.suite
-    recipes = str(path.parent / wanted.recipes) if wanted.recipes else ""
-    return replace(config, evaluate=replace(wanted, suite=suite, recipes=recipes))
+    return replace(wanted, suite=suite, recipes=str(path.parent / wanted.recipes) if wanted.recipes else "")
 
 
 def read_plan(settings: Evaluating) -> tuple[Suite, tuple[Protocol, ...]]:
@@ -98,5 +154,7 @@ def read_plan(settings: Evaluating) -> tuple[Suite, tuple[Protocol, ...]]:
 
 
 def read_access() -> Access:
-    """``HF_ENDPOINT`` and ``HF_TOKEN`` from the environment, as `huggingface_hub` names them."""
-    return Access(os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT), os.environ.get("HF_TOKEN") or None)
+    """``HF_ENDPOINT`` and ``HF_TOKEN``, as `huggingface_hub` names them, and ``HUBFUSION_SIGNING_KEY``, a PEM file."""
+    key = os.environ.get("HUBFUSION_SIGNING_KEY")
+    endpoint, token = os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT), os.environ.get("HF_TOKEN")
+    return Access(endpoint, token or None, Path(key) if key else None)

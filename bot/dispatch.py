@@ -23,7 +23,10 @@ from hubfusion.lineage import dumps, loads
 
 log = logging.getLogger(__name__)
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH", "GITHUB_TOKEN")
+SECRETS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH", "GITHUB_TOKEN",
+    "HUBFUSION_SIGNING_KEY",
+)  # fmt: skip
 GRACE_SECONDS = 10.0
 WORKER = (sys.executable, "-m", "bot.worker")
 

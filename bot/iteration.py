@@ -19,12 +19,13 @@ from bot.config import Config, read_plan
 from bot.dispatch import dispatch
 from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
-from bot.worker import Job, Outcome
+from bot.worker import Job, Outcome, Probe
 from hubfusion.card import base_card
 from hubfusion.crawl import crawl, read_card
 from hubfusion.errors import Conflict, Corrupt, NotFound
 from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
 from hubfusion.manifest import Manifest, describe_environment
 from hubfusion.publish import (
@@ -35,6 +36,8 @@ from hubfusion.publish import (
     manifest_at,
     plan_release,
     publish,
+    sign_release,
+    weight_hashes,
 )
 from hubfusion.ranking import rank
 from hubfusion.screen import apply_caps, read_base, screen
@@ -57,7 +60,8 @@ class Verdict(StrEnum):
 class Run:
     """A run's surroundings: ``hub`` is ours to write to, ``reader`` has no token and reads what strangers wrote.
 
-    ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there.
+    ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there. Releases are
+    signed with ``signing_key`` (a PEM file) when there is one.
     """
 
     config: Config
@@ -65,11 +69,15 @@ class Run:
     reader: Hub
     nonce: str
     poll: Callable[[], None] = lambda: None
+    signing_key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """What one run found and decided; ``version`` is the base's next version until it is promoted to that."""
+    """What one run found and decided; ``version`` is the base's next version until it is promoted to that.
+
+    ``trials`` are the sets that were tried to isolate harmful contributions, ``leave_one_out`` what each adds.
+    """
 
     number: int
     verdict: Verdict
@@ -78,6 +86,8 @@ class Iteration:
     contributions: tuple[Contribution, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     decision: Decision | None = None
+    trials: tuple[Trial, ...] = ()
+    leave_one_out: tuple[float, ...] = ()
 
 
 def run_iteration(run: Run, *, act: bool) -> Iteration:
@@ -94,14 +104,16 @@ def run_iteration(run: Run, *, act: bool) -> Iteration:
     if not contributions and not rejected:
         return seen
     outcome, unsound = fuse_and_evaluate(run, release, contributions)
-    seen = replace(seen, contributions=outcome.contributions, rejected=rejected + unsound)
+    seen = replace(seen, contributions=outcome.contributions, rejected=rejected + unsound, trials=outcome.trials)
     if act:
         remember(run, (Judged(r.revision, r.author, r.reason, r.detail, seen.number) for r in seen.rejected))
     if outcome.candidate is None:
         seen = replace(seen, verdict=Verdict.WAITING if outcome.contributions else Verdict.NOTHING_NEW)
     else:
-        decision = decide(outcome.candidate.candidate_scores, outcome.candidate.base_scores, config.gate)
-        seen = replace(seen, decision=decision, verdict=Verdict.PLANNED if decision.promote else Verdict.REFUSED)
+        candidate = outcome.candidate
+        decision = decide(candidate.candidate_scores, candidate.base_scores, config.gate, candidate.findings)
+        verdict = Verdict.PLANNED if decision.promote else Verdict.REFUSED
+        seen = replace(seen, decision=decision, verdict=verdict, leave_one_out=candidate.leave_one_out)
     if act:
         seen = promote_or_refuse(run, release, seen, outcome)
         if seen.verdict is not Verdict.LOST_RACE:  # the winner settles its own release; both at once would answer twice
@@ -159,6 +171,7 @@ def fuse_and_evaluate(
     if len(fetched) < run.config.fuse.at_least:
         return Outcome(tuple(fetched), (), None), tuple(corrupt)
     suite, protocols = read_plan(run.config.evaluate)
+    probe = run.config.leave_one_out
     job = Job(
         base=release.revision,
         base_tag=release.version,
@@ -170,9 +183,38 @@ def fuse_and_evaluate(
         protocols=protocols,
         seeds=run.config.evaluate.seeds,
         store=str(work / "scores"),
+        gate=run.config.gate,
+        minutes=run.config.deadline_minutes,
+        versions=fetch_versions(run, release, work),
+        known_norms=known_norms(run, release),
+        probe=Probe(*read_plan(probe), probe.seeds) if probe else None,
+        triggers=run.config.triggers,
     )
     outcome = dispatch(job, work, run.config.deadline_minutes, run.poll)
     return outcome, (*corrupt, *outcome.rejected)
+
+
+def fetch_versions(run: Run, release: Release, work: Path) -> dict[str, str]:
+    """Folders of the weights of the versions before this one, by tag: whom a contribution is nearest to is asked.
+
+    A version with the base's own weights (it was rolled back to them) tells nothing.
+    """
+    found = {}
+    wanted = release.before(run.config.examine.versions)
+    ours = weight_hashes(run.reader, release.revision) if wanted else {}
+    for earlier in wanted:
+        run.poll()
+        if weight_hashes(run.reader, earlier.revision) == ours:
+            continue
+        found[earlier.version] = str(fetch_release(run.reader, earlier, work / "earlier" / earlier.revision.sha))
+    return found
+
+
+def known_norms(run: Run, release: Release) -> tuple[float, ...]:
+    """Norms of the task vectors that the newest versions were made of, from their manifests alone."""
+    newest = [release, *release.before(run.config.examine.history)][: run.config.examine.history]
+    manifests = (manifest_at(run.reader, each.revision) for each in newest)
+    return tuple(norm for manifest in manifests if manifest for norm in manifest.norms)
 
 
 def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outcome) -> Iteration:
@@ -181,9 +223,8 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         return seen
     revisions = tuple(c.revision for c in seen.contributions)
     if not seen.decision.promote:
-        remember(
-            run, [Refused(seen.number, release.revision, revisions, seen.decision.objections, seen.decision.summary)]
-        )
+        said = (seen.decision.objections, seen.decision.summary, seen.trials)
+        remember(run, [Refused(seen.number, release.revision, revisions, *said)])
         return seen
     run.poll()
     manifest = Manifest(
@@ -199,12 +240,19 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         candidate_scores=outcome.candidate.candidate_scores,
         decision=seen.decision,
         environment=describe_environment(),
+        trials=outcome.trials,
+        norms=outcome.candidate.norms,
+        leave_one_out=outcome.candidate.leave_one_out,
+        report=outcome.candidate.report,
     )
     card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
-    change = plan_release(run.hub, release, manifest, Path(outcome.candidate.folder), card)
+    candidate = Path(outcome.candidate.folder)
+    change = plan_release(run.hub, release, manifest, candidate, card)
     try:
-        if not Path(outcome.candidate.folder).is_dir():
+        if not candidate.is_dir():
             raise Conflict(f"{run.config.work}: another run with this work folder came to its decision first")
+        if run.signing_key:
+            change = sign_release(run.hub, release, change, candidate.parent / "signed", run.signing_key)
         publish(run.hub, run.config.base, change, seen.version)
     except Conflict as error:
         log.warning("publish: %s", error)
@@ -230,7 +278,8 @@ def settle(run: Run) -> None:
     manifest = manifest_at(run.hub, release.revision)
     if manifest is not None:
         inputs = tuple(c.revision for c in manifest.contributions)
-        remember(run, [Promoted(manifest.iteration, manifest.version, release.revision.sha, inputs)])
+        sha, worth = release.revision.sha, manifest.leave_one_out
+        remember(run, [Promoted(manifest.iteration, manifest.version, sha, inputs, worth)])
         rank(run.hub, config.ranking, release.revision, manifest, run.nonce)
     run.poll()
     answers = list(pending_answers(read_ledger(run.hub, config.ledger), config.base, run.hub.endpoint))
@@ -244,6 +293,7 @@ def tidy(run: Run, outcome: Outcome) -> None:
     if outcome.candidate is not None:
         shutil.rmtree(Path(outcome.candidate.folder).parent, ignore_errors=True)
         shutil.rmtree(Path(run.config.work) / "base" / outcome.candidate.recipe.base.sha, ignore_errors=True)
+        shutil.rmtree(Path(run.config.work) / "earlier", ignore_errors=True)
     for revision in (*(c.revision for c in outcome.contributions), *(r.revision for r in outcome.rejected)):
         shutil.rmtree(_folder(Path(run.config.work), revision), ignore_errors=True)
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from hubfusion.errors import Conflict, FusionError, NotFound
 from hubfusion.hub import Change, Hub, Kind
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Reason, Revision, from_json, to_json
 
 FILE = "ledger.jsonl"
@@ -35,18 +36,25 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Promoted:
-    """An iteration whose candidate became version ``version`` of the base, at commit ``sha``."""
+    """An iteration whose candidate became version ``version`` of the base, at commit ``sha``.
+
+    ``leave_one_out`` is the manifest's: what each contribution adds on the probe suite, in points.
+    """
 
     event: ClassVar[str] = "promoted"
     iteration: int
     version: str
     sha: str
     contributions: tuple[Revision, ...]
+    leave_one_out: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An iteration whose candidate the gate refused, with the gate's sentences and the scores it judged by."""
+    """An iteration whose candidate the gate refused, with the gate's sentences and the scores it judged by.
+
+    ``trials`` are the smaller sets that were tried to find one to blame, in vain.
+    """
 
     event: ClassVar[str] = "refused"
     iteration: int
@@ -54,6 +62,7 @@ class Refused:
     contributions: tuple[Revision, ...]
     objections: tuple[str, ...]
     summary: str
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ FIX: Mapping[Reason, str] = {
     Reason.GONE: "keep the files of a pushed commit in place until the next iteration has looked at them.",
     Reason.FLAGGED: "see what the Hub's scanners say on your repository's page and remove the files that they name.",
     Reason.CUSTOM_CODE: "upload a model that needs no code of its own (no auto_map, no .py files).",
-    Reason.NO_SAFETENSORS: "save the weights with save_pretrained, which writes model.safetensors.",
+    Reason.NO_SAFETENSORS: "save the whole model with save_pretrained; merge an adapter first (merge_and_unload).",
     Reason.BAD_FILES: "upload only what save_pretrained writes: one model.safetensors, or shards with their index.",
     Reason.TOO_LARGE: "upload the weights alone, in the base's precision, without optimizer state.",
     Reason.BAD_HEADER: "save the weights again with save_pretrained and upload the file unchanged.",
@@ -50,6 +50,7 @@ FIX: Mapping[Reason, str] = {
     Reason.WRONG_BASE: "finetune the current version of the base; these weights come from another model.",
     Reason.OUTLIER: "train with a lower learning rate or for fewer steps; the change is far larger than others'.",
     Reason.CONCENTRATED: "train the model as a whole; nearly all of this change is in a few entries or one tensor.",
+    Reason.HARMFUL: "look at your labels and training: the new base is worse with your model, and not without it.",
     Reason.REFUSED: "finetune the base again, longer or on other data; your model itself may well be fine.",
 }
 
@@ -68,11 +69,16 @@ def pending_answers(ledger: Ledger, base: str, endpoint: str) -> Iterator[Answer
     for event in ledger.events:
         match event:
             case Promoted():
-                answers = [_accepted(f, event.version, base, endpoint) for f in event.contributions]
+                worth = event.leave_one_out or (None,) * len(event.contributions)
+                pairs = zip(event.contributions, worth, strict=True)
+                answers = [_accepted(f, event.version, base, endpoint, adds) for f, adds in pairs]
             case Judged():
                 answers = [_rejected(event.finetune, event.reason, event.detail, base, endpoint)]
             case Refused():
-                detail = f"iteration {event.iteration}: {' '.join(event.objections)}"
+                said = [*event.objections]
+                if event.trials:
+                    said.append(f"{len(event.trials)} smaller sets were tried; no single model is to blame.")
+                detail = f"iteration {event.iteration}: {' '.join(said)}"
                 answers = [_rejected(f, Reason.REFUSED, detail, base, endpoint) for f in event.contributions]
             case _:
                 answers = []
@@ -93,10 +99,9 @@ def deliver(hub: Hub, answers: list[Answer]) -> tuple[Said, ...]:
     return tuple(said)
 
 
-def _accepted(finetune: Revision, version: str, base: str, endpoint: str) -> Answer:
-    body = render(
-        "accepted.md.j2", finetune=finetune, base=base, code_base=Markup(base), version=version, endpoint=endpoint
-    )
+def _accepted(finetune: Revision, version: str, base: str, endpoint: str, adds: float | None) -> Answer:
+    names = {"base": base, "code_base": Markup(base), "version": version, "endpoint": endpoint}
+    body = render("accepted.md.j2", None, finetune=finetune, adds=adds, **names)
     return Answer(finetune, f"Part of {base} {version} (commit {finetune.sha[:12]})", body)
 
 

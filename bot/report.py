@@ -22,6 +22,11 @@ def show(result: Iteration, *, acted: bool, console: Console | None = None) -> N
         console.print(_models(result))
     if result.decision is not None:
         console.print(result.decision.summary, highlight=False, markup=False)
+        if result.trials:
+            passed = sum(t.decision.promote for t in result.trials)
+            console.print(
+                f"tried to isolate who is to blame: {len(result.trials)} sets, {passed} accepted", highlight=False
+            )
         for objection in result.decision.objections:
             console.print(f"objection: {objection}", highlight=False, markup=False)
     if not acted and result.verdict in (Verdict.PLANNED, Verdict.REFUSED, Verdict.WAITING):
@@ -31,9 +36,13 @@ def show(result: Iteration, *, acted: bool, console: Console | None = None) -> N
 def _models(result: Iteration) -> Table:
     table = Table("finetune", "verdict", "why", box=None, pad_edge=False)
     word = {Verdict.PROMOTED: f"in {result.version}", Verdict.REFUSED: "refused", Verdict.WAITING: "waits"}
+    pairs = zip(result.contributions, result.leave_one_out, strict=bool(result.leave_one_out))
+    worth = {c.revision: points for c, points in pairs}
     for contribution in result.contributions:
         examples = "?" if contribution.examples is None else contribution.examples
         why = f"{examples} examples of {', '.join(contribution.datasets) or 'undeclared data'}"
+        if contribution.revision in worth:
+            why += f"; adds {worth[contribution.revision]:+.2f} points on the probe suite"
         table.add_row(Text(str(contribution.revision)), word.get(result.verdict, "accepted"), Text(visible(why)))
     for rejected in result.rejected:
         table.add_row(Text(str(rejected.revision)), f"rejected: {rejected.reason}", Text(visible(rejected.detail)))

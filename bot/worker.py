@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bot.config import Fusing
 from hubfusion.errors import FusionError
-from hubfusion.evaluate import Evaluated
+from hubfusion.gate import Margins
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revision, dumps, loads
+from hubfusion.policy import Scan
 from hubfusion.protocols import Protocol
 from hubfusion.scores import Scores
 from hubfusion.suite import Suite
@@ -23,12 +26,25 @@ from hubfusion.suite import Suite
 log = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"
-NOT_THE_MODEL = ("README.md", "fusion.json", ".gitattributes")
+REPORT = ("soundness.json", "weight-space.svg")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What leaving one out is measured on."""
+
+    suite: Suite
+    protocols: tuple[Protocol, ...]
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to do, complete: folders hold exactly the files that were screened; ``store`` keeps scores by content."""
+    """What to do, complete: folders hold exactly the files that were screened; ``store`` keeps scores by content.
+
+    ``versions`` are folders of earlier releases by tag, ``known_norms`` norms of task vectors that they accepted.
+    ``minutes`` is when the job must be done: no trial is begun that would last longer.
+    """
 
     base: Revision
     base_tag: str
@@ -40,77 +56,63 @@ class Job:
     protocols: tuple[Protocol, ...]
     seeds: tuple[int, ...]
     store: str
+    gate: Margins = field(default_factory=Margins)
+    minutes: float = 600.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    known_norms: tuple[float, ...] = ()
+    probe: Probe | None = None
+    triggers: Scan | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A fused model in ``folder``, whose weights files are ``weights``, beside its scores and those of its base."""
+    """A fused model in ``folder``, whose weights files are ``weights``, beside its scores and those of its base.
+
+    ``findings`` are what other checks object to; ``norms``, ``leave_one_out`` and ``report`` as in the manifest.
+    """
 
     folder: str
     recipe: Recipe
     weights: tuple[RemoteFile, ...]
     base_scores: Scores
     candidate_scores: Scores
+    findings: tuple[str, ...] = ()
+    norms: tuple[float, ...] = ()
+    leave_one_out: tuple[float, ...] = ()
+    report: tuple[RemoteFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a job; no candidate when too few contributions are sound."""
+    """What came of a job; no candidate when too few contributions are left. ``trials`` isolated the harmful ones."""
 
     contributions: tuple[Contribution, ...]
     rejected: tuple[Rejected, ...]
     candidate: Candidate | None
+    trials: tuple[Trial, ...] = ()
 
 
 def work(job: Job, folder: Path) -> Outcome:
-    """Examine, fuse and evaluate; ``folder`` gets the candidate."""
+    """Examine, fuse, evaluate, isolate what the gate objects to; ``folder`` gets the candidate and the report."""
+    from bot.bench import Bench
     from hubfusion.region import draw
-    from hubfusion.soundness import clip_factors, examine
+    from hubfusion.soundness import examine
 
     folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))
-    pairs = [(c, folders[c.revision]) for c in job.contributions]
-    report = examine(Path(job.base_folder), pairs, tag=job.base_tag)
-    (folder / "soundness.json").write_text(dumps(report))
-    (folder / "weight-space.svg").write_text(draw(report))
+    report = examine(
+        Path(job.base_folder),
+        [(c, folders[c.revision]) for c in job.contributions],
+        tag=job.base_tag,
+        versions={tag: Path(version) for tag, version in job.versions.items()},
+        known_norms=job.known_norms,
+    )
+    (folder / REPORT[0]).write_text(dumps(report))
+    (folder / REPORT[1]).write_text(draw(report))
     accepted = set(report.accepted)
     sound = tuple(c for c in job.contributions if c.revision in accepted)
     if len(sound) < job.fuse.at_least:
         return Outcome(sound, report.rejected, None)
-    factors = clip_factors(report) if job.fuse.clip else (1.0,) * len(sound)
-    recipe = make_recipe(job, sound, dict(zip(report.accepted, factors, strict=True)))
-    return Outcome(sound, report.rejected, make_candidate(job, recipe, [folders[r] for r in recipe.inputs], folder))
-
-
-def make_recipe(job: Job, sound: tuple[Contribution, ...], factors: dict[Revision, float]) -> Recipe:
-    """The recipe of the job's policy. Clipping is in the coefficients and, as methods divide by their sum, in λ."""
-    coefficients = tuple(factors[c.revision] for c in sound)
-    scale = job.fuse.scale * sum(coefficients) / len(coefficients)
-    options = tuple(sorted(job.fuse.options.items()))
-    return Recipe(job.base, tuple(c.revision for c in sound), coefficients, job.fuse.method, options, scale)
-
-
-def make_candidate(job: Job, recipe: Recipe, inputs: list[Path], folder: Path) -> Candidate:
-    """Fuse into ``folder/candidate``, add the base's own configuration and tokenizer, and score both as bases."""
-    from hubfusion.evaluate import content_key, evaluate
-    from hubfusion.fuse import fuse
-
-    base, candidate = Path(job.base_folder), folder / "candidate"
-    fused = fuse(recipe, base, inputs, candidate)
-    weights = tuple(RemoteFile(f.name, f.size, "", f.sha256) for f in fused.files)
-    for file in base.iterdir():
-        if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in NOT_THE_MODEL:
-            (candidate / file.name).write_bytes(file.read_bytes())
-    scores = [
-        evaluate(path, content_key(path), job.suite, job.protocols, job.seeds, Path(job.store), on_event=log_progress)
-        for path in (base, candidate)
-    ]
-    return Candidate(str(candidate), recipe, weights, *scores)
-
-
-def log_progress(event: Evaluated) -> None:
-    """One line for each tenth of the units that had to be measured."""
-    if not event.stored and event.done * 10 // event.total > (event.done - 1) * 10 // event.total:
-        log.info("evaluate: %d of %d (%s by %s)", event.done, event.total, event.dataset, event.protocol)
+    return Bench(job, folder, report).judge(sound)
 
 
 def main(job_file: Path, folder: Path) -> int:

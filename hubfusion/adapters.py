@@ -4,7 +4,8 @@ LoRA (arXiv 2106.09685): ΔW = s B A, s = α / r;  rsLoRA (arXiv 2312.03732): s 
 DoRA (arXiv 2402.09353): ΔW = m (W + s B A) / |W + s B A| − W, the norm over each output's row
 
 Only the rows that are asked for are computed, entry by entry in float64, so a delta has the same bits in whatever
-pieces it is read. Checked against peft's own merge. Other adapters are refused by name.
+pieces it is read. Checked against peft's own merge. Biases and modules that were trained whole are taken as they are.
+Other adapters, and options that we do not know, are refused by name.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ from hubfusion.weights import Array, Checkpoint, open_checkpoint
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 ROOT = "base_model.model."
-FORBIDDEN: Mapping[str, tuple[Any, ...]] = {
-    # option: values with which the delta is what the formulas above say
-    "peft_type": ("LORA",), "bias": ("none",), "layer_replication": (None,), "megatron_config": (None,),
-    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_bdlora": (None, False),
-    "use_qalora": (None, False), "alora_invocation_tokens": (None,), "arrow_config": (None,), "corda_config": (None,),
-    "eva_config": (None,), "lora_bias": (None, False),
+# What a configuration may say. Some ways to begin change the base itself (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA): then
+# the matrices are no delta to the base that we have.
+ALLOWED: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none", "all", "lora_only"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
+HARMLESS = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "target_modules", "task_type", "use_dora", "use_rslora",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +116,13 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: an object is needed")
-    for option, allowed in FORBIDDEN.items():
-        if config.get(option, allowed[0]) not in allowed:
-            raise CheckpointError(f"{file}: {option} {config[option]!r:.60}: only {allowed[0]!r} can be fused exactly")
+    for option, value in config.items():
+        if option in ALLOWED:
+            if value not in ALLOWED[option]:
+                words = ", ".join(map(repr, ALLOWED[option]))
+                raise CheckpointError(f"{file}: {option} {value!r:.60} cannot be fused exactly, allowed are {words}")
+        elif value and option not in HARMLESS:
+            raise CheckpointError(f"{file}: {option} {value!r:.60} cannot be fused exactly: merge it with peft first")
     return config
 
 
@@ -141,6 +151,11 @@ def _match(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint, base: 
             raise CheckpointError(f"{path / WEIGHTS}: {next(iter(found.values()))}: the base has no {module}.weight")
         else:
             low_rank[target] = _read_low_rank(path, config, checkpoint, module, found, base.parameters[target].shape)
+    for name, first in align.tied_names(base).items():  # an older base that stores a tied parameter twice
+        if first in low_rank and name not in saved:
+            low_rank.setdefault(name, low_rank[first])
+        if first in saved and name not in low_rank:
+            saved.setdefault(name, saved[first])
     names = {n: n for n, p in base.parameters.items() if p.is_float and not align.is_task_head(n, finder.prefix)}
     return Adapter(path, names, low_rank, saved, checkpoint, base, tuple(sorted(dropped)))
 

@@ -115,7 +115,8 @@ def base_card(old: Mapping[str, Any], manifest: Manifest, repo: str, endpoint: s
         }
         for gain in compare(manifest.candidate_scores, manifest.base_scores).gains
     ]
-    parts = zip(manifest.contributions, manifest.recipe.coefficients, strict=True)
+    worth = manifest.leave_one_out or (None,) * len(manifest.contributions)
+    parts = zip(manifest.contributions, manifest.recipe.coefficients, worth, strict=True)
     return render(
         "base.md.j2",
         metadata,
@@ -128,7 +129,10 @@ def base_card(old: Mapping[str, Any], manifest: Manifest, repo: str, endpoint: s
         seeds=", ".join(map(str, manifest.candidate_scores.entries[0].seeds)),
         decision_summary=manifest.decision.summary,
         rows=rows,
-        contributions=[{"coefficient": share, **{f: getattr(c, f) for f in SHOWN}} for c, share in parts],
+        contributions=[{"coefficient": k, "adds": adds, **{f: getattr(c, f) for f in SHOWN}} for c, k, adds in parts],
+        is_probed=bool(manifest.leave_one_out),
+        trials=len(manifest.trials),
+        report=manifest.report,
         method=manifest.recipe.method,
         options=", ".join(f"{name} = {value}" for name, value in manifest.recipe.options),
         endpoint=endpoint,

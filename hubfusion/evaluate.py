@@ -2,7 +2,8 @@
 
 The unit of work is (model, dataset, protocol, seed). Its result is one JSON file named by the digest of what it is
 about, written beside and renamed: a run that dies loses one unit. Everything heavy is imported only if a unit is
-missing, so a second call answers in the time it takes to read a few files.
+missing, so a second call answers in the time it takes to read a few files. What is missing is measured by an engine:
+in this process, or by one of `hubfusion.engines`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hubfusion.corpora import resolve
@@ -23,6 +26,7 @@ from hubfusion.scores import Provenance, Score, Scores
 from hubfusion.suite import Dataset, Suite
 
 log = logging.getLogger(__name__)
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # what a model is loaded from, by suffix
 CONTENT = ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 
 
@@ -72,6 +76,10 @@ class Evaluated:
     total: int
 
 
+# Measures units: yields each with its result as it becomes known, in any order.
+Engine = Callable[[Sequence[Unit]], Iterator[tuple[Unit, Result]]]
+
+
 def content_key(checkpoint: Path) -> str:
     """``sha256:…`` over the weights, config and tokenizer of a folder: the model key of one that is not on the Hub."""
     hasher = hashlib.sha256()
@@ -100,35 +108,60 @@ def evaluate(
     under; the caller vouches for it. The same seeds give the same draws, data order and heads for every model, so
     two `Scores` made with them can be compared in pairs.
     """
+    here = partial(measure_here, checkpoint)
+    return score_units(plan_units(model, suite, protocols, seeds), store, here, on_event=on_event)
+
+
+def measure_here(checkpoint: Path, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
+    """Measure in this process, which imports torch only now; with its checkpoint given, the engine `evaluate` uses."""
+    from hubfusion.units import measure_units
+
+    return measure_units(checkpoint, units)
+
+
+def plan_units(model: str, suite: Suite, protocols: Sequence[Protocol], seeds: Sequence[int]) -> tuple[Unit, ...]:
+    """Everything that `evaluate` measures, each dataset at the commit that its revision stands for now."""
     names = [p.name for p in protocols]
     if not names or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
         raise EvaluationError(f"evaluate: protocols and seeds must be given once each, got {names} and {list(seeds)}")
-    shas = {d.name: resolve(d) for d in suite.datasets}
     for protocol in protocols:
         for name in protocol.datasets or ():
             suite.get(name)  # refuses a dataset that the suite lacks
-    units = [
-        Unit(model, d, shas[d.name], p, s)
-        for d in suite.datasets
+    with ThreadPoolExecutor(8) as pool:
+        shas = list(pool.map(resolve, suite.datasets))
+    units = tuple(
+        Unit(model, d, sha, p, s)
+        for d, sha in zip(suite.datasets, shas, strict=True)
         for p in protocols
         if p.datasets is None or d.name in p.datasets
         for s in seeds
-    ]
+    )
+    if not units:
+        raise EvaluationError(f"evaluate: the protocols {names} are kept from every dataset of suite {suite.name}")
+    return units
+
+
+def score_units(
+    units: Sequence[Unit], store: Path, engine: Engine, *, on_event: Callable[[Evaluated], None] | None = None
+) -> Scores:
+    """Gather the units of one model from the store; what is missing is measured by ``engine`` and stored.
+
+    A unit that comes twice (its worker was thought dead, and was not) counts once.
+    """
     results: dict[str, Result] = {}
     for unit in units:
         if (stored := read_result(store, unit)) is not None:
             results[unit.key] = stored
             _tell(on_event, unit, stored, True, len(results), len(units))
     missing = [u for u in units if u.key not in results]
-    log.info("evaluate %s: %d units, %d in the store", model, len(units), len(results))
+    log.info("evaluate %s: %d units, %d in the store", units[0].model, len(units), len(results))
     if missing:
-        from hubfusion.units import measure_units
-
-        for unit, result in measure_units(checkpoint, missing):
-            write_result(store, unit, result)
-            results[unit.key] = result
-            _tell(on_event, unit, result, False, len(results), len(units))
-    return collect(model, units, results)
+        for unit, result in engine(missing):
+            if unit.key not in results:
+                write_result(store, unit, result)
+                results[unit.key] = result
+                _tell(on_event, unit, result, False, len(results), len(units))
+    return collect(units[0].model, units, results)
 
 
 def collect(model: str, units: Sequence[Unit], results: Mapping[str, Result]) -> Scores:
@@ -163,31 +196,37 @@ def collect(model: str, units: Sequence[Unit], results: Mapping[str, Result]) ->
     return Scores(model, tuple(entries), provenance)
 
 
-def _path(store: Path, unit: Unit) -> Path:
-    return store / unit.key[:2] / f"{unit.key}.json"
+def path_of(unit: Unit) -> str:
+    """Where the unit's result lies in a store, relative to its root."""
+    return f"{unit.key[:2]}/{unit.key}.json"
 
 
 def read_result(store: Path, unit: Unit) -> Result | None:
     """The stored result of this unit, None if there is none; one that is about something else is an error."""
-    path = _path(store, unit)
+    path = store / path_of(unit)
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
-    result = loads(Result, text, str(path))
+    return parse_result(unit, text, str(path))
+
+
+def parse_result(unit: Unit, text: str | bytes, where: str) -> Result:
+    """The result in this JSON text; `EvaluationError` if it is about anything but ``unit``."""
+    result = loads(Result, text, where)
     if (result.model, result.data, result.recipe, result.seed) != (
         unit.model,
         unit.dataset.key(unit.sha),
         unit.protocol.hash,
         unit.seed,
     ):
-        raise EvaluationError(f"{path}: is about {result.model}, seed {result.seed}; delete it to measure again")
+        raise EvaluationError(f"{where}: is about {result.model}, seed {result.seed}; delete it to measure again")
     return result
 
 
 def write_result(store: Path, unit: Unit, result: Result) -> None:
     """Store a result: written beside and renamed, so a reader sees all of it or none."""
-    path = _path(store, unit)
+    path = store / path_of(unit)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(dumps(result))

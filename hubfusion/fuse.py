@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,12 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.lineage import Option, Recipe
 from hubfusion.methods import METHODS, Method
 from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
-from hubfusion.streaming import BLOCK, THREADS, Models, Piece, Range, fitting, in_threads, open_models
+from hubfusion.streaming import BLOCK, ROW_ENTRIES, THREADS, Models, Piece, Range, fitting, in_threads, open_models
 from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
 
 DEVICE_ENTRIES = 1 << 23
-ON_DEVICE = ("base", "draws", "fishers")
+ON_DEVICE = ("base", "fishers")
 KIND_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Settings:
 
     ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
     there, a piece at a time, with the device's own rounding of sums and products. ``digest`` False saves reading the
-    output once more for its sha256.
+    output once more for its sha256, ``norms`` False measuring the deltas.
     """
 
     device: str | None = None
@@ -100,6 +100,7 @@ class Settings:
     chunk: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     digest: bool = True
+    norms: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,12 @@ class Progress:
 class Fused:
     """What a fuse wrote and saw.
 
-    ``norms`` are the L2 norms of the k deltas over the fused parameters, in the recipe's order; ``kept`` are base
-    parameters that were copied as they are, ``dropped`` each input's own heads.
+    ``norms`` are the L2 norms of the k deltas over the fused parameters, in the recipe's order (None: not measured);
+    ``kept`` are base parameters that were copied as they are, ``dropped`` each input's own heads.
     """
 
     files: tuple[WrittenFile, ...]
-    norms: tuple[float, ...]
+    norms: tuple[float | None, ...]
     fused: tuple[str, ...]
     kept: tuple[str, ...]
     dropped: tuple[tuple[str, ...], ...]
@@ -161,12 +162,12 @@ def fuse(
         specs = list(models.base.parameters.values())
         steps = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with (
-            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
             open_stepping(plan.outer, dict(plan.outer_options), state, out, steps, settings.digest) as stepping,
+            write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
         ):
-            work = _Work(plan, models, writing, stepping, keywords, settings.device, on_event)
+            work = _Work(plan, models, writing, stepping, keywords, settings, on_event)
             work.copy_kept()
-            entries = settings.chunk or (models.chunk() if settings.device is None else DEVICE_ENTRIES)
+            entries = settings.chunk or work.chunk()
             in_threads(models.ranges(entries, METHODS[plan.method].unit), work.start, settings.threads)
         norms = work.norms()
         back = np.argsort(order)
@@ -181,14 +182,11 @@ def fuse(
     return fused
 
 
-def _squares(deltas: Array) -> Array:
-    """Squared norm of each row; in blocks small enough that the BLAS library starts no threads of its own."""
-    rows, size = deltas.shape
-    whole = size - size % BLOCK
-    blocks = deltas[:, :whole].reshape(rows, -1, BLOCK)
-    tail = deltas[:, whole:]
-    squares: Array = np.vecdot(blocks, blocks).sum(axis=1, dtype=np.float64) + np.vecdot(tail, tail)
-    return squares
+def _square(delta: Array) -> float:
+    """Squared norm (n,); in blocks small enough that the BLAS library starts no threads of its own."""
+    whole = delta.size - delta.size % BLOCK
+    blocks, tail = delta[:whole].reshape(-1, BLOCK), delta[whole:]
+    return float(np.vecdot(blocks, blocks).sum(dtype=np.float64)) + float(np.vecdot(tail, tail))
 
 
 def _same_place(one: Path, other: Path) -> bool:
@@ -206,39 +204,79 @@ class _Work:
         writing: Writing,
         stepping: Stepping,
         keywords: Keywords,
-        device: str | None,
+        settings: Settings,
         on_event: Listener | None,
     ) -> None:
         self.models, self.writing, self.keywords, self.on_event = models, writing, keywords, on_event
-        self.stepping, self.device = stepping, device
+        self.stepping, self.device = stepping, settings.device
         self.method: Method = METHODS[plan.method]
+        self.wants_norms = settings.norms
+        self.measured = settings.norms or not self.method.is_sum  # elsewhere the norms show what is not finite
         self.options: Mapping[str, Any] = dict(plan.options)
         self.scale = plan.scale
         self.coefficients = [plan.coefficients[i] for i in plan.order]
         self.total = sum(models.base.parameters[n].entries for n in models.fused)
         self.done = 0
-        self.squares: dict[tuple[str, int], Array] = {}
+        self.squares: dict[tuple[str, int], list[float]] = {}
         self.lock = threading.Lock()
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the deltas of a piece are read one after another, rather than all before the method begins."""
+        return self.method.by_row and self.device is None
+
+    def chunk(self) -> int:
+        """Entries of a piece: as many as fit a core's cache, or a device."""
+        if self.device is not None:
+            return DEVICE_ENTRIES
+        return ROW_ENTRIES if self.by_row else self.models.chunk()
 
     def start(self) -> Callable[[Range], None]:
         """Return the work of one thread: a function of a range, with buffers of its own."""
-        buffer = np.empty((len(self.models.sources) + 1, 0), self.models.dtype)
+        buffer = np.empty((3 if self.by_row else len(self.models.sources) + 1, 0), self.models.dtype)
 
         def do(where: Range) -> None:
             nonlocal buffer
             buffer = fitting(buffer, where.last - where.first)
-            piece = self.models.read(where, buffer)
-            self._check(piece)
-            deltas = piece.deltas.reshape(-1, *where.shape)
-            delta = self.apply(deltas, self.keywords(piece)).reshape(-1)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+                base, delta = (self.fuse_rows if self.by_row else self.fuse_whole)(where, buffer)
             if self.scale != 1.0:
                 delta *= self.scale
-            delta = self.stepping.step(where.parameter.name, where.first, piece.base, delta)
-            delta += piece.base
-            self.writing.write(where.parameter.name, where.first, delta)
-            self._tell(piece)
+            delta = self.stepping.step(where.parameter.name, where.first, base, delta)
+            delta += base
+            try:
+                self.writing.write(where.parameter.name, where.first, delta)
+            except CheckpointError:
+                self._refuse(where)  # when it is an input's fault, its name helps more
+                raise
+            self._tell(where)
 
         return do
+
+    def fuse_rows(self, where: Range, buffer: Array) -> tuple[Array, Array]:
+        """Read and fuse one delta after another: base and fused delta (n,)."""
+        squares: list[float] = []
+
+        def rows() -> Iterator[Array]:
+            for delta in self.models.read_rows(where, buffer):
+                if self.measured:
+                    squares.append(_square(delta))
+                yield delta.reshape(where.shape)
+
+        base = buffer[0, : where.last - where.first]
+        deltas = rows()
+        fused: Array = self.method.function(
+            deltas, self.coefficients, **self.options, **self.keywords(Piece(where, base, buffer[1:1]))
+        )
+        self._keep(where, squares)
+        return base, fused.reshape(-1)
+
+    def fuse_whole(self, where: Range, buffer: Array) -> tuple[Array, Array]:
+        """Read all deltas, then fuse them: base and fused delta (n,)."""
+        piece = self.models.read(where, buffer)
+        self._keep(where, [_square(delta) for delta in piece.deltas])
+        delta = self.apply(piece.deltas.reshape(-1, *where.shape), self.keywords(piece))
+        return piece.base, delta.reshape(-1)
 
     def apply(self, deltas: Array, keywords: Mapping[str, Any]) -> Array:
         """Apply the method to the deltas of a piece, in numpy or on the device."""
@@ -252,26 +290,34 @@ class _Work:
             return torch.from_numpy(np.array(wide)).to(self.device)
 
         moved = {n: move(v) if n in ON_DEVICE else v for n, v in keywords.items()}
+        if "draws" in keywords:
+            moved["draws"] = map(move, keywords["draws"])
         fused = self.method.function(move(deltas), self.coefficients, **self.options, **moved)
         return np.asarray(fused.cpu().numpy())
 
-    def _check(self, piece: Piece) -> None:
+    def _keep(self, where: Range, squares: list[float]) -> None:
         """Keep the squared norm of every delta; one that is not finite names its file."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = _squares(piece.deltas)
-        if not np.isfinite(squares).all():
-            self.models.refuse_not_finite(piece)
-            squares = _squares(piece.deltas.astype(np.float64))
-        self.squares[piece.range.parameter.name, piece.range.first] = squares
+        if not all(map(math.isfinite, squares)):
+            squares = [_square(delta.astype(np.float64)) for delta in self._refuse(where).deltas]
+        self.squares[where.parameter.name, where.first] = squares
 
-    def norms(self) -> list[float]:
+    def _refuse(self, where: Range) -> Piece:
+        """Read a piece again, and raise if an input is not finite in it."""
+        rows = len(self.models.sources) + 1
+        piece = self.models.read(where, np.empty((rows, where.last - where.first), self.models.dtype))
+        self.models.refuse_not_finite(piece)
+        return piece
+
+    def norms(self) -> list[float | None]:
         """L2 norm of each delta, to 6 digits: the sum's last bits depend on the pieces."""
+        if not self.wants_norms:
+            return [None] * len(self.models.sources)
         columns = np.array(list(self.squares.values()))
         return [float(f"{math.sqrt(math.fsum(column)):.6g}") for column in columns.T]
 
-    def _tell(self, piece: Piece) -> None:
+    def _tell(self, where: Range) -> None:
         with self.lock:
-            self.done += piece.range.last - piece.range.first
+            self.done += where.last - where.first
             if self.on_event:
                 self.on_event(Progress(self.done, self.total))
 

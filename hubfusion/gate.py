@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hubfusion.errors import FusionError
@@ -41,14 +42,15 @@ class Decision:
     summary: str
 
 
-def decide(candidate: Scores, base: Scores, margins: Margins) -> Decision:
+def decide(candidate: Scores, base: Scores, margins: Margins, findings: Sequence[str] = ()) -> Decision:
     """Compare pair by pair and object to what is worse than the margins allow.
 
     The worst dataset is one whose loss exceeds ``margins.worst`` and twice its own standard error over seeds, so that
-    one noisy dataset with few examples does not stop the loop by itself.
+    one noisy dataset with few examples does not stop the loop by itself. ``findings`` of other checks of the candidate
+    (`hubfusion.triggers`), a sentence each, are objections as they are.
     """
     found = compare(candidate, base)
-    objections = []
+    objections: list[str] = []
     if found.mean < -margins.mean:
         objections.append(f"The mean gain of {found.mean:+.2f} points is below the margin of {-margins.mean:+.2f}.")
     for gain in found.gains:
@@ -58,6 +60,7 @@ def decide(candidate: Scores, base: Scores, margins: Margins) -> Decision:
                 f"{gain.dataset} by {gain.protocol} loses {-gain.mean:.2f} points ({gain.base:.2f} to "
                 f"{gain.candidate:.2f}), more than {margins.worst:.2f}."
             )
+    objections += findings
     log.info("gate: %s", "promote" if not objections else f"refuse, {len(objections)} objections")
     return Decision(not objections, found.mean, tuple(objections), summarise(found))
 

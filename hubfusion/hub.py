@@ -10,7 +10,7 @@ nobody else; every commit carries a nonce that is looked for before a failure is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -78,6 +78,10 @@ class Hub(Protocol):
         """The files at a pinned commit; stops after ``limit`` + 1 entries, so that more can be told from enough."""
         ...
 
+    def present(self, revision: Revision, paths: Sequence[str], kind: Kind = Kind.MODEL) -> frozenset[str]:
+        """Those of ``paths`` that exist at a pinned commit, without listing the whole repository."""
+        ...
+
     def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
         """Those of ``paths`` that the Hub's own scanners warn of, with their word for it; empty where none scans."""
         ...
@@ -117,6 +121,18 @@ class Hub(Protocol):
         """Open a discussion, once: one of ours with this title is answered with its number instead."""
         ...
 
+    def start_job(self, job: Job) -> str:
+        """Run a command on the Hub's machines, once for each nonce, and return its id; it gets our token."""
+        ...
+
+    def job_state(self, namespace: str, key: str) -> JobState:
+        """How a job is doing."""
+        ...
+
+    def cancel_job(self, namespace: str, key: str) -> None:
+        """End a job; one that is over stays as it is."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -131,6 +147,31 @@ class Change:
     nonce: str
     files: Mapping[str, bytes | Path]
     delete: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command to run in a container of ``image`` on a machine of kind ``flavor``, on the account of ``namespace``.
+
+    It is ended after ``seconds``. ``nonce`` names this one attempt. Its environment has ``HF_ENDPOINT``, our token as
+    the secret ``HF_TOKEN``, and ``environment``.
+    """
+
+    namespace: str
+    image: str
+    command: tuple[str, ...]
+    flavor: str
+    seconds: int
+    nonce: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """Whether a job is over, and how it ended: the Hub's words and, if it failed, the last line of its log."""
+
+    over: bool
+    message: str
 
 
 def connect(endpoint: str, token: str | None = None, *, tries: int = 5) -> Hub:

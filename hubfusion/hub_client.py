@@ -7,6 +7,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from hubfusion.errors import Conflict, Corrupt, Forbidden, HubError, NotFound
-from hubfusion.hub import Change, Commit, Kind, Listing, OnBytes
+from hubfusion.hub import Change, Commit, Job, JobState, Kind, Listing, OnBytes
 from hubfusion.lineage import RemoteFile, Revision
 
 T = TypeVar("T")
@@ -30,6 +32,9 @@ WARNINGS = {"suspicious", "unsafe"}
 RETRIED = {408, 429, 500, 502, 503, 504}
 LISTED = ["sha", "lastModified", "tags", "gated"]
 ANYBODY = "(no token)"
+PATHS_AT_ONCE = 500
+JOB_LABEL = "hubfusion"
+FAILED, DONE = {"ERROR", "CANCELED", "DELETED"}, {"COMPLETED"}
 _homes: dict[str, set[str]] = {}  # each token that we were given, and the hosts that we were given it for
 
 
@@ -114,6 +119,15 @@ class HubClient:
             for e in tree
             if isinstance(e, RepoFile)
         )
+
+    def present(self, revision: Revision, paths: Sequence[str], kind: Kind = Kind.MODEL) -> frozenset[str]:
+        """See `Hub.present`."""
+        found: set[str] = set()
+        for start in range(0, len(paths), PATHS_AT_ONCE):
+            some = list(paths[start : start + PATHS_AT_ONCE])
+            ask = partial(self._api.get_paths_info, revision.repo, some, revision=revision.sha, repo_type=kind)
+            found.update(e.path for e in self._ask(f"files of {revision}", ask) if isinstance(e, RepoFile))
+        return frozenset(found)
 
     def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
         """See `Hub.flagged`."""
@@ -263,6 +277,49 @@ class HubClient:
             return int(self._api.create_discussion(repo, title=title, description=body).num)
 
         return self._ask(f"discussion on {repo}", once)
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    def start_job(self, job: Job) -> str:
+        """See `Hub.start_job`."""
+
+        def once() -> str:
+            label = {JOB_LABEL: job.nonce}
+            for found in self._api.list_jobs(labels=label, namespace=job.namespace):
+                return str(found.id)
+            started = self._api.run_job(
+                image=job.image,
+                command=list(job.command),
+                flavor=job.flavor,
+                timeout=job.seconds,
+                env={"HF_ENDPOINT": self.endpoint, **job.environment},
+                secrets={"HF_TOKEN": self._api.token} if self._api.token else None,
+                labels=label,
+                namespace=job.namespace,
+            )
+            return str(started.id)
+
+        return self._ask(f"job of {job.namespace}", once)
+
+    def job_state(self, namespace: str, key: str) -> JobState:
+        """See `Hub.job_state`."""
+        what = f"job {key} of {namespace}"
+        try:
+            status = self._ask(what, lambda: self._api.inspect_job(job_id=key, namespace=namespace).status)
+        except NotFound:
+            return JobState(True, "the Hub knows it no more")
+        stage = str(getattr(status.stage, "value", status.stage))
+        words = [stage.lower(), *filter(None, [status.message])]
+        if stage in FAILED:
+            with suppress(HubError):  # a job that never started has no log
+                words += self._ask(
+                    what, lambda: list(self._api.fetch_job_logs(job_id=key, namespace=namespace, tail=1))
+                )
+        return JobState(stage in FAILED | DONE, ": ".join(" ".join(str(w).split())[:300] for w in words))
+
+    def cancel_job(self, namespace: str, key: str) -> None:
+        """See `Hub.cancel_job`."""
+        self._ask(f"job {key} of {namespace}", lambda: self._api.cancel_job(job_id=key, namespace=namespace))
 
     # -- tries -----------------------------------------------------------------------------------------------------
 

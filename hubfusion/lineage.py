@@ -104,6 +104,7 @@ class Reason(StrEnum):
     WRONG_BASE = "wrong-base"
     OUTLIER = "outlier"
     CONCENTRATED = "concentrated"
+    HARMFUL = "harmful"
     REFUSED = "refused-by-gate"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from hubfusion.gate import Decision
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, loads
 from hubfusion.scores import Scores
 
@@ -23,6 +24,11 @@ class Manifest:
     ``recipe`` names the base and the inputs by commit, in the order of ``contributions``; ``weights`` are the files
     it produced; ``seen`` names the evaluation datasets that this version or one before it was trained on; ``nonce``
     is also in the commit's message, so that the commit is found again after a crash.
+
+    ``trials`` are the sets that were fused and judged to isolate whom the gate objected to. In the order of
+    ``recipe.inputs``, empty in manifests that lack them: ``norms`` ‖τ‖ of each input before any clipping,
+    ``leave_one_out`` the points that it adds on the probe suite (the candidate's mean score minus that without it).
+    ``report`` are the files of the weight-space report (`hubfusion.soundness`), published beside the weights.
     """
 
     iteration: int
@@ -38,6 +44,10 @@ class Manifest:
     decision: Decision
     environment: Mapping[str, str]
     schema: int = 1
+    trials: tuple[Trial, ...] = ()
+    norms: tuple[float, ...] = ()
+    leave_one_out: tuple[float, ...] = ()
+    report: tuple[RemoteFile, ...] = ()
 
     @property
     def base(self) -> Revision:

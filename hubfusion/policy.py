@@ -1,4 +1,4 @@
-"""What a maintainer takes from strangers: licences, people, sizes and caps."""
+"""What a maintainer takes from strangers: licences, people, sizes and caps; and how hard backdoors are looked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Policy:
     """What a maintainer allows; every field has a default that is safe for strangers (TOML or JSON: same names).
 
-    ``licenses`` are the Hub's ids; empty means the permissive ones and the base's own. ``authors_allowed`` empty
+    ``licenses`` are the Hub's ids; empty means the permissive ones and the base's own. With ``check_dataset_licenses``
+    the declared training datasets must have one of them, too, by their cards now. ``authors_allowed`` empty
     means everybody. Sizes are bytes; caps count contributions of one iteration.
     """
 
@@ -17,6 +18,7 @@ class Policy:
     authors_allowed: tuple[str, ...] = ()
     authors_blocked: tuple[str, ...] = ()
     opt_out_tags: tuple[str, ...] = ("cold-fusion-opt-out", "no-merge")
+    check_dataset_licenses: bool = False
     require_declared_base: bool = True
     any_float_dtype: bool = False
     max_files: int = 500
@@ -28,3 +30,29 @@ class Policy:
     max_per_author: int = 3
     max_per_dataset: int = 8
     max_contributions: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What is looked at and what is too much.
+
+    ``datasets`` names classification tasks of the suite (empty: all of them), ``examples`` clean training texts for
+    the probe, ``texts`` held-out texts to move, ``tokens`` how many unused vocabulary items are tried, ``length`` the
+    longest text in tokens. A token is a finding if it moves ``moved`` of the texts of other classes to one class,
+    ``above`` more than it does in the base, and lies ``deviations`` robust standard deviations above the other
+    tokens. A push is one if at most 1/``shrunk`` of what the base needs is enough. ``radii`` are its lengths, in
+    median word embeddings; 0 ``steps`` of gradient leave this look out.
+    """
+
+    datasets: tuple[str, ...] = ()
+    examples: int = 400
+    texts: int = 32
+    tokens: int = 200
+    length: int = 64
+    moved: float = 0.5
+    above: float = 0.3
+    deviations: float = 6.0
+    steps: int = 30
+    shrunk: float = 2.0
+    radii: tuple[float, ...] = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.41, 2.0, 2.83, 4.0)
+    seed: int = 0

@@ -8,15 +8,18 @@ version is whole. If the run dies between the two, `finish_release` of the next 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hubfusion.errors import HubError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.lineage import Revision, dumps
 from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
+from hubfusion.signature import SIGNATURE, UNSIGNED, sign
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,12 @@ class Release:
         """The name of the version after this one."""
         return f"v{int(self.version[1:]) + 1}"
 
+    def before(self, most: int) -> list[Release]:
+        """At most ``most`` releases before this one, newest first."""
+        numbers = {int(name[1:]): sha for sha, name in self.versions.items()}
+        earlier = sorted((n for n in numbers if n < int(self.version[1:])), reverse=True)[:most]
+        return [replace(self, version=f"v{n}", revision=replace(self.revision, sha=numbers[n])) for n in earlier]
+
 
 def current_release(hub: Hub, repo: str) -> Release:
     """The newest version of a base; raises `HubError` when it has no tag ``v0`` or its weights changed after it.
@@ -51,7 +60,7 @@ def current_release(hub: Hub, repo: str) -> Release:
     newest = max(versions.values(), key=lambda name: int(name[1:]))
     release = Release(newest, Revision(repo, tags[newest]), hub.resolve(repo).sha, versions)
     if release.head != release.revision.sha:
-        tagged, now = (_weight_hashes(hub, Revision(repo, sha)) for sha in (release.revision.sha, release.head))
+        tagged, now = (weight_hashes(hub, Revision(repo, sha)) for sha in (release.revision.sha, release.head))
         if tagged != now:
             raise HubError(f"{repo}: main has other weights than {newest}; tag them as a version or revert them first")
     return release
@@ -64,21 +73,45 @@ def fetch_release(hub: Hub, release: Release, folder: Path) -> Path:
     return folder
 
 
-def _weight_hashes(hub: Hub, revision: Revision) -> dict[str, str]:
+def weight_hashes(hub: Hub, revision: Revision) -> dict[str, str]:
+    """The Hub's hash of every weight file at a revision, by path."""
     return {f.path: f.sha256 or f.blob for f in hub.files(revision) if WEIGHTS.fullmatch(f.path)}
 
 
 def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, card: str) -> Change:
-    """The commit that makes ``manifest``'s candidate (in the folder ``weights``) the head of the base."""
+    """The commit that makes ``manifest``'s candidate (in the folder ``weights``) the head of the base.
+
+    The report's files lie beside that folder.
+    """
     files: dict[str, bytes | Path] = {file.path: weights / file.path for file in manifest.weights}
-    old = _weight_hashes(hub, Revision(release.revision.repo, release.head))
+    head = Revision(release.revision.repo, release.head)
+    old = {*weight_hashes(hub, head), *(f.path for f in hub.files(head) if f.path == SIGNATURE)}
+    files |= {file.path: weights.parent / file.path for file in manifest.report}
     files["README.md"] = card.encode()
     files[FILE] = dumps(manifest).encode()
     title = (
         f"iteration {manifest.iteration}: {len(manifest.contributions)} contributions, {manifest.recipe.method}, "
         f"mean gain {manifest.decision.mean_gain:+.2f}, promoted"
     )
-    return Change(title, release.head, manifest.nonce, files, sorted(set(old) - set(files)))
+    return Change(title, release.head, manifest.nonce, files, sorted(old - set(files)))
+
+
+def sign_release(hub: Hub, release: Release, change: Change, staging: Path, private_key: Path) -> Change:
+    """``change`` with a signature over every file that the revision will have; ``staging`` gets just these files."""
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    head = Revision(release.revision.repo, release.head)
+    for file in hub.files(head):
+        if file.path not in (*change.files, *change.delete, *UNSIGNED):
+            hub.download(head, file, staging / file.path)
+    for path, content in change.files.items():
+        if isinstance(content, Path):
+            os.link(content, staging / path)
+        elif path not in UNSIGNED:
+            (staging / path).write_bytes(content)
+    signed = {**change.files, SIGNATURE: sign(staging, private_key)}
+    log.info("publish: signed %d files", len(list(staging.rglob("*"))) - 1)
+    return replace(change, files=signed, delete=[path for path in change.delete if path not in signed])
 
 
 def publish(hub: Hub, repo: str, change: Change, version: str) -> Revision:

@@ -10,7 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ TOP_KEYS = ("base", "method", "scale", "options", "outer", "inputs")
 
 @dataclass(frozen=True, slots=True)
 class FuseRecipe:
-    """A recipe with its models as they were named: ``plan.labels`` are the inputs, in the order given."""
+    """A recipe with its models as they were named: ``plan.labels`` are the inputs, in the order given.
+
+    ``notes`` say where a recipe written for another tool is followed differently.
+    """
 
     base: str
     plan: Plan
     state: str | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_recipe(path: Path) -> FuseRecipe:
@@ -121,24 +125,52 @@ def _get(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any
 
 
 # --------------------------------------------------------------------------------------- mergekit's YAML
-# Its names for what both have: method -> (ours, fixed options, parameters that we know and our names for them).
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """A method that both have: our name and fixed options, their parameters by our option, others that we follow.
+
+    ``normalizes`` and ``rescales`` are their defaults; ``note`` says where the two differ.
+    """
+
+    ours: str
+    fixed: Mapping[str, Option] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    normalizes: bool = False
+    rescales: bool = False
+    note: str = ""
+
+
 _DENSITY = {"density": "density"}
-MERGEKIT: Mapping[str, tuple[str, Mapping[str, Option], Mapping[str, str]]] = {
-    "linear": ("average", {}, {}),
-    "task_arithmetic": ("task_arithmetic", {}, {}),
-    "ties": ("ties", {"scope": "parameter", "density": 1.0}, _DENSITY),
-    "dare_linear": ("dare", {"density": 1.0}, _DENSITY),
-    "dare_ties": ("dare_ties", {"density": 1.0, "combine": "sum"}, _DENSITY),
-    "della": ("della", {"density": 1.0, "epsilon": 0.0, "combine": "sum"}, {**_DENSITY, "epsilon": "epsilon"}),
-    "breadcrumbs": ("breadcrumbs", {"density": 0.99}, {**_DENSITY, "gamma": "gamma"}),
-    "sce": ("sce", {"density": 1.0}, {"select_topk": "density"}),
-    "model_stock": ("model_stock", {}, {}),
-    "slerp": ("slerp", {}, {}),
-    "karcher": ("karcher", {}, {}),
+_DELTAS = ("weight", "normalize", "lambda", "rescale")
+_RANDOM = "draws are ours, from the seed, and kept entries are divided by their probability, not scaled to the L1 norm"
+MERGEKIT: Mapping[str, _Shared] = {
+    "linear": _Shared("average", takes=("weight", "normalize"), normalizes=True),
+    "task_arithmetic": _Shared("task_arithmetic", takes=_DELTAS),
+    "ties": _Shared(
+        "ties", {"scope": "parameter", "density": 1.0}, _DENSITY, _DELTAS, normalizes=True,
+        note="a vote of exactly zero gives nothing here, and the entries to keep are rounded, not cut off",
+    ),
+    "dare_linear": _Shared("dare", {"density": 1.0}, _DENSITY, _DELTAS, rescales=True, note=_RANDOM),
+    "dare_ties": _Shared("dare_ties", {"density": 1.0}, _DENSITY, _DELTAS, rescales=True, note=_RANDOM),
+    "della": _Shared(
+        "della", {"density": 1.0, "epsilon": 0.15}, {**_DENSITY, "epsilon": "epsilon"}, _DELTAS, True, True, _RANDOM
+    ),
+    "breadcrumbs": _Shared("breadcrumbs", {"density": 1.0, "gamma": 0.01}, {**_DENSITY, "gamma": "gamma"}, _DELTAS),
+    "sce": _Shared("sce", {"density": 1.0}, {"select_topk": "density"}),
+    "model_stock": _Shared("model_stock", note="no floor of 1e-6 under small deltas, and never a step backwards"),
+    "slerp": _Shared("slerp", takes=("t",), note="an exact arc at every angle: mergekit's is a line below 1.8 degrees"),
+    "nuslerp": _Shared("slerp", takes=("weight",)),
+    "karcher": _Shared("karcher", note="iterated until it settles, whatever max_iter and tol say"),
+}  # fmt: skip
+YAML_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
+BASELESS = ("linear", "slerp", "nuslerp", "karcher")
+ELECTING = ("ties", "dare_ties", "della")
+ONLY: Mapping[str, Mapping[str, object]] = {  # parameters that we know with one value only
+    "nuslerp": {"nuslerp_row_wise": False, "nuslerp_flatten": True},
+    "model_stock": {"filter_wise": False},
 }
-YAML_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "tokenizer_source")
-BASELESS = ("linear", "slerp", "karcher")
-NO_EFFECT = ("int8_mask",)
+NO_EFFECT = {"karcher": ("max_iter", "tol")}
 
 
 def _read_mergekit(text: str, path: Path) -> FuseRecipe:
@@ -154,58 +186,82 @@ def _read_mergekit(text: str, path: Path) -> FuseRecipe:
         raise RecipeError(f"{path}: merge_method {method!r} is not one we share: {', '.join(MERGEKIT)}")
     if data.get("tokenizer_source") not in (None, "base"):
         raise RecipeError(f"{path}: tokenizer_source must be 'base' or absent; the base's own tokenizer is kept")
-    if "dtype" in data:
-        raise RecipeError(f"{path}: dtype is not supported; the output has the base's dtypes, with float32 sums")
     base, models = data.get("base_model"), _get(data, "models", list, str(path))
-    names = []
+    if base is not None and not isinstance(base, str):
+        raise RecipeError(f"{path}: base_model must be a text, got {base!r:.60}")
+    own: dict[str, Mapping[str, Any]] = {}
     for number, entry in enumerate(models):
-        _only(entry, ("model", "parameters"), f"{path}: models[{number}]")
-        names.append(_get(entry, "model", str, f"{path}: models[{number}]"))
-    if base is None and method not in BASELESS:
-        raise RecipeError(f"{path}: base_model is missing; {method} works on deltas to it")
-    keep = [i for i, name in enumerate(names) if name != base or method in BASELESS]
-    if not keep:
+        where = f"{path}: models[{number}]"
+        _only(entry, ("model", "parameters"), where)
+        own[_get(entry, "model", str, where)] = _get(entry, "parameters", dict, where, {})
+    if base is None and (method not in BASELESS or method == "slerp"):
+        raise RecipeError(f"{path}: base_model is missing; {method} starts from it")
+    if base is None or method in ("linear", "karcher"):
+        names = list(own)
+    else:
+        names = [*([base] if method == "slerp" else []), *(n for n in own if n != base)]
+    if not names:
         raise RecipeError(f"{path}: no model beside the base")
-    shared = data.get("parameters") or {}
-    own = [models[i].get("parameters") or {} for i in keep]
-    plan = _plan_of_mergekit(method, [_place(names[i], path) for i in keep], shared, own, str(path))
-    return FuseRecipe(_place(base or names[keep[0]], path), plan)
+    tables = [own.get(name, {}) for name in names]
+    shared = _get(data, "parameters", dict, str(path), {})
+    plan = _plan_of_mergekit(method, [_place(n, path) for n in names], shared, tables, str(path))
+    if method == "nuslerp" and base is not None:
+        plan = replace(plan, options=(("space", "deltas"),))
+    notes = [f"{method}: {MERGEKIT[method].note}"] if MERGEKIT[method].note else []
+    if "dtype" in data or "out_dtype" in data:
+        notes.append("dtype: sums are float32 (float64 for float64 files) and the result has the base's own dtypes")
+    return FuseRecipe(_place(base or names[0], path), plan, notes=tuple(notes))
 
 
 def _plan_of_mergekit(
     method: str, labels: list[str], shared: Mapping[str, Any], own: list[Mapping[str, Any]], where: str
 ) -> Plan:
-    ours, fixed, renamed = MERGEKIT[method]
-    options, known = dict(fixed), {"weight", "normalize", "lambda", "t", *renamed, *NO_EFFECT}
-    for table in (shared, *own):
-        if unknown := sorted(set(table) - known):
-            raise RecipeError(f"{where}: parameter {unknown[0]!r} is not supported for {method}")
-    for theirs, name in renamed.items():
+    known = MERGEKIT[method]
+    _check_parameters(method, known, (shared, *own), where)
+    options = dict(known.fixed)
+    for theirs, name in known.renamed.items():
         values = {_number(t.get(theirs, shared.get(theirs, options.get(name))), theirs, where) for t in own}
         if len(values) > 1:
             raise RecipeError(f"{where}: {theirs} must be the same for all models, got {sorted(map(str, values))}")
         if (value := values.pop()) is not None:
             options[name] = value
+    if method == "della":  # theirs is half of the span of keep probabilities, and none at full density
+        options["epsilon"] = 2 * float(options["epsilon"]) if float(options["density"]) < 1 else 0.0
+    if method == "breadcrumbs":  # the density goes before the outliers
+        options["gamma"] = min(float(options["gamma"]), 1 - float(options["density"]))
     weights = [_number(t.get("weight", shared.get("weight", 1.0)), "weight", where) or 0.0 for t in own]
-    if method == "slerp":
-        t = _number(shared.get("t", own[0].get("t")), "t", where)
-        if t is None or not 0 <= t <= 1:
-            raise RecipeError(f"{where}: slerp needs t in [0, 1], got {t}")
-        weights = [1 - t, t]
-    _apply_normalize(method, shared.get("normalize"), options, where)
-    scale = _number(shared.get("lambda", 1.0), "lambda", where) or 0.0
-    coefficients = tuple(weights) if len(weights) == len(labels) else (1.0,) * len(labels)
-    return Plan(tuple(labels), coefficients, ours, tuple(sorted(options.items())), scale)
-
-
-def _apply_normalize(method: str, normalize: Any, options: dict[str, Option], where: str) -> None:
-    """``normalize`` is our ``combine`` for methods that elect signs; elsewhere only mergekit's default is ours."""
-    if normalize is None:
-        return
-    if method in ("ties", "dare_ties", "della"):
+    normalize = bool(shared.get("normalize", known.normalizes))
+    if method in ELECTING:
         options["combine"] = "mean" if normalize else "sum"
-    elif bool(normalize) is not (method in ("linear", "sce", "model_stock", "karcher")):
-        raise RecipeError(f"{where}: normalize: {normalize} is not supported for {method}")
+    elif method == "linear" and not normalize and abs(sum(weights) - 1) > 1e-9:
+        raise RecipeError(f"{where}: normalize: false needs weights that sum to 1, got {sum(weights):g}")
+    elif normalize and not known.normalizes and abs(sum(weights)) >= 1e-8:
+        weights = [w / sum(weights) for w in weights]
+    if method == "slerp":
+        weights = _slerp_shares(shared.get("t", next((t["t"] for t in own if "t" in t), None)), where)
+    if len(weights) != len(labels):
+        raise RecipeError(f"{where}: {method} takes a base and one model, got {len(labels) - 1}")
+    scale = _number(shared.get("lambda", 1.0), "lambda", where) or 0.0
+    return Plan(tuple(labels), tuple(weights), known.ours, tuple(sorted(options.items())), scale)
+
+
+def _slerp_shares(t: Any, where: str) -> list[float]:
+    found = _number(t, "t", where)
+    if found is None or not 0 <= found <= 1:
+        raise RecipeError(f"{where}: slerp needs t in [0, 1], got {found}")
+    return [1 - found, found]
+
+
+def _check_parameters(method: str, known: _Shared, tables: tuple[Mapping[str, Any], ...], where: str) -> None:
+    """Refuse what we would have to ignore: parameters we do not know, and values that we cannot follow."""
+    only = {"rescale": known.rescales, **ONLY.get(method, {})}
+    allowed = {*known.takes, *known.renamed, *ONLY.get(method, {}), *NO_EFFECT.get(method, ()), "int8_mask"}
+    for table in tables:
+        for name, value in table.items():
+            if name not in allowed:
+                raise RecipeError(f"{where}: parameter {name!r} is not supported for {method}")
+            if name in only and value is not only[name]:
+                raise RecipeError(f"{where}: {name} must be {str(only[name]).lower()} for {method}, got {value!r:.60}")
 
 
 def _number(value: Any, name: str, where: str) -> float | None:

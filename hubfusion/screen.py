@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hubfusion.crawl import read_card
+from hubfusion.crawl import MAX_CARD_BYTES, front_matter, read_card
 from hubfusion.errors import CheckpointError, NotFound
 from hubfusion.headers import MAX_HEADER_BYTES, TensorSpec
-from hubfusion.hub import Hub
+from hubfusion.hub import Hub, Kind
 from hubfusion.layout import match
 from hubfusion.lineage import COMMIT_SHA, REPO_ID, Contribution, Finetune, Reason, Rejected, RemoteFile, Revision
 from hubfusion.peek import CONFIG, Refused, find_weights, read_config, read_tensors, refuse, short
@@ -88,6 +88,8 @@ def screen(hub: Hub, finetune: Finetune, base: Base, policy: Policy) -> Contribu
         datasets, examples = _read_datasets(card, policy), _read_examples(card)
         files = _check_files(finetune.files, policy)
         find_weights(files)
+        if policy.check_dataset_licenses:
+            _check_dataset_licenses(hub, datasets, base, policy)
         _check_config(read_config(hub, revision, files, policy), base)
         weights = read_tensors(hub, revision, files, policy, guess=4096 + 130 * len(base.tensors))
         _check_tensors(weights.tensors, base, policy)
@@ -183,9 +185,32 @@ def _check_base_revision(card: Mapping[str, Any], base: Base, policy: Policy) ->
         refuse(Reason.STALE_BASE, f"made from {tag}, the current base is {base.tag}; finetune {base.tag} again")
 
 
+def _allowed_licenses(base: Base, policy: Policy) -> list[str]:
+    return [name.lower() for name in policy.licenses or (*PERMISSIVE, *filter(None, [base.license]))]
+
+
+def _check_dataset_licenses(hub: Hub, datasets: Sequence[str], base: Base, policy: Policy) -> None:
+    """Look the declared datasets up: two small requests each. What cannot be looked up is no license."""
+    allowed = _allowed_licenses(base, policy)
+    for name in datasets:
+        if not REPO_ID.fullmatch(name):
+            refuse(Reason.LICENSE, f"dataset {short(name)}: give it with its owner, its license is looked up")
+        try:
+            revision = hub.resolve(name, kind=Kind.DATASET)
+            text = hub.read(revision, "README.md", stop=MAX_CARD_BYTES, kind=Kind.DATASET)
+        except NotFound:
+            refuse(Reason.LICENSE, f"dataset {short(name)}: no public card says under which license it is")
+        stated = front_matter(text.decode("utf-8", "replace")).get("license")
+        ids = stated if isinstance(stated, list) and stated else [stated]
+        if bad := [each for each in ids if not isinstance(each, str) or each.strip().lower() not in allowed]:
+            refuse(
+                Reason.LICENSE, f"dataset {short(name)}: its license {short(bad[0])} is not one that is accepted here"
+            )
+
+
 def _check_license(card: Mapping[str, Any], base: Base, policy: Policy) -> str:
     stated = card.get("license")
-    allowed = [name.lower() for name in policy.licenses or (*PERMISSIVE, *filter(None, [base.license]))]
+    allowed = _allowed_licenses(base, policy)
     if not isinstance(stated, str) or not stated.strip():
         refuse(Reason.LICENSE, f"README.md: license must be one id such as apache-2.0, got {short(stated)}")
     name = stated.strip().lower()

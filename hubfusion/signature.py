@@ -16,9 +16,19 @@ SIGNATURE = "model.sig"
 UNSIGNED = (SIGNATURE, "README.md", ".gitattributes")
 
 
+def check_private_key(private_key: Path) -> None:
+    """Refuse what cannot sign (no key, no package), before hours of work end in it."""
+    signing = _module("signing")
+    try:
+        signing.Config().use_elliptic_key_signer(private_key=private_key)
+    except (ValueError, OSError, TypeError) as error:
+        raise FusionError(f"private key {private_key}: {_one_line(error)}") from None
+
+
 def sign(folder: Path, private_key: Path) -> Path:
     """Sign all files in ``folder`` but `UNSIGNED` with an elliptic-curve key (PEM); returns the signature's path."""
     target = folder / SIGNATURE
+    check_private_key(private_key)
     signing = _module("signing")
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)

@@ -68,6 +68,21 @@ def leave_one_out(inputs: int, score: Score) -> tuple[float, ...]:
     return tuple(whole - _checked(score, tuple(j for j in everything if j != i)) for i in everything)
 
 
+def left_out(whole: Plan, rest: Plan, number: int) -> Plan | None:
+    """How to get the fuse without input ``number`` from the whole one: a plan over (candidate, that input).
+
+    Of a weighted average with coefficients α (sum A) and scale λ, whose rest has the scale λ′:
+    δ′ = λ′ A / (λ (A − α_c)) δ − λ′ α_c / (A − α_c) τ_c; for equal ones (n · mean − θ_c) / (n − 1).
+    So two models are read instead of n − 1. None when ``whole`` is no plain average: then fuse ``rest``.
+    """
+    is_plain = whole.method == "average" and dict(whole.options).get("norm", "keep") == "keep" and whole.scale != 0
+    total, own = math.fsum(whole.coefficients), whole.coefficients[number]
+    if not is_plain or whole.outer != "plain" or total - own <= 0:
+        return None
+    part = rest.scale / (total - own)
+    return Plan(("candidate", "left out"), (part * total / whole.scale, -part * own), "task_arithmetic")
+
+
 def _checked(score: Score, chosen: tuple[int, ...]) -> float:
     value = float(score(chosen))
     if math.isnan(value):

@@ -22,6 +22,7 @@ from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 
 BLOCK = 8192
 BUFFER_ENTRIES = 1 << 20
+ROW_ENTRIES = 1 << 17
 THREADS = 2
 FREED_BYTES = 24 << 20
 
@@ -156,6 +157,19 @@ class Models:
         for row, source in enumerate(self.sources, 1):
             source.read_delta(where.parameter.name, where.first, base, buffer[row, :size])
         return Piece(where, base, buffer[1:, :size])
+
+    def read_rows(self, where: Range, buffer: Array) -> Iterator[Array]:
+        """Read the base into ``buffer[0]`` and yield the deltas (n,), in turns in ``buffer[1]`` and ``buffer[2]``.
+
+        A delta is valid until the next but one is taken.
+        """
+        size = where.last - where.first
+        base = buffer[0, :size]
+        self.base.read(where.parameter.name, where.first, base)
+        for number, source in enumerate(self.sources):
+            out = buffer[1 + number % 2, :size]
+            source.read_delta(where.parameter.name, where.first, base, out)
+            yield out
 
     def refuse_not_finite(self, piece: Piece, sources: Sequence[Source] | None = None) -> None:
         """Raise `CheckpointError` for the first delta that is not finite: its file, parameter and entry."""

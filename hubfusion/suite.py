@@ -59,7 +59,8 @@ class Dataset:
     label column. ``bins``: turn a label in [0, 1] into ``int(label * bins)``. ``validation`` None cuts one from train
     by ``cut``. A split may pool several (``a+b``). ``hold_out``: the only split is ``train``; ``test_cap`` examples are
     drawn from it for the test. The caps keep a fixed random part of a split. ``test_size``: of the published test set.
-    ``noisy``: small or at chance level, so its score moves by points between seeds. ``note``: why this source.
+    ``noisy``: small or at chance level, so its score moves by points between seeds. ``fold``: the fold
+    of a cross-validation over datasets in which nobody trains on it. ``note``: why this source.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Dataset:
     test_cap: int | None = None
     test_size: int | None = None
     noisy: bool = False
+    fold: int | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -112,9 +114,9 @@ class Dataset:
         return self.metric is Metric.SPEARMAN
 
     def key(self, sha: str) -> str:
-        """What was read: the commit and 16 digits for how; notes and families do not change it."""
+        """What was read: the commit and 16 digits for how; notes, folds and families do not change it."""
         spec = to_json(self)
-        for name in ("repo", "family", "note", "noisy", "test_size", "revision"):
+        for name in ("repo", "family", "note", "noisy", "fold", "test_size", "revision"):
             del spec[name]
         return f"{sha}+{digest(spec)}"
 
@@ -148,6 +150,14 @@ class Suite:
     def only(self, names: Sequence[str]) -> Suite:
         """The suite cut down to these datasets, in this order."""
         return replace(self, datasets=tuple(self.get(n) for n in names), representative=None)
+
+    def fold(self, number: int) -> tuple[Suite, Suite]:
+        """The seen datasets of a fold, to contribute with, and the unseen ones, to evaluate on as well."""
+        unseen = [d.name for d in self.datasets if d.fold == number]
+        if not unseen or len(unseen) == len(self.datasets):
+            known = sorted({d.fold for d in self.datasets if d.fold is not None})
+            raise EvaluationError(f"suite {self.name}: fold must be one of {known}, got {number}")
+        return self.only([d.name for d in self.datasets if d.name not in unseen]), self.only(unseen)
 
 
 def shipped_suites() -> tuple[str, ...]:

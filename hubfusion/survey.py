@@ -19,7 +19,7 @@ from hubfusion.methods import METHODS, Need, sparse
 from hubfusion.methods.draws import draw_rows
 from hubfusion.selection import nth_largest
 from hubfusion.streaming import THREADS, Models, Piece, Range, fitting, in_threads
-from hubfusion.weights import Array, Checkpoint, open_checkpoint
+from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 
 STREAM_ENTRIES = 1 << 16
 SAMPLE_ENTRIES = 1 << 10
@@ -203,8 +203,8 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
             threshold = nth_largest(_variances(models, name), entries, rank, models.dtype)
             energies = np.zeros(len(models.sources))
             for piece in _pieces(models, (name,), 1):
-                chosen = sparse.variance(piece.deltas) >= threshold
-                picked = piece.deltas[:, chosen].astype(np.float64)
+                chosen = np.flatnonzero(sparse.variance(piece.deltas) >= threshold)
+                picked = np.take(piece.deltas, chosen, axis=1).astype(np.float64)
                 energies += (picked * picked).sum(axis=1)
             with lock:
                 found[name] = {"threshold": threshold, "energies": energies.tolist()}
@@ -218,9 +218,11 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
 def _variances(models: Models, name: str) -> Callable[[int], Iterator[Array]]:
     def stream(every: int) -> Iterator[Array]:
         for piece in _pieces(models, (name,), every):
-            spread = sparse.variance(piece.deltas)
+            with np.errstate(over="ignore", invalid="ignore"):
+                spread = sparse.variance(piece.deltas)
             if not np.isfinite(spread).all():
                 models.refuse_not_finite(piece)
+                raise CheckpointError(f"{name}: the variance over the deltas is too large for {models.dtype.__name__}")
             yield spread
 
     return stream
@@ -259,20 +261,22 @@ def _activations(options: Options, models: Models, stack: ExitStack, threads: in
         name, shape = piece.range.parameter.name, piece.range.parameter.shape
         if not all(name in own for own in names):
             return {}
-        grams = []
-        for row, file in enumerate(files):
-            spec = file.parameters[names[row][name]]
+        specs = [file.parameters[own[name]] for file, own in zip(files, names, strict=True)]
+        for spec in specs:
             if len(shape) != 2 or spec.shape != (shape[1], shape[1]):
                 raise CheckpointError(
                     f"{spec.file}: {spec.name}: shape {list(spec.shape)}, a linear layer of shape {list(shape)} needs "
                     f"{[shape[-1]] * 2}"
                 )
-            gram = np.empty(spec.entries, np.float64)
-            file.read(spec.name, 0, gram)
-            grams.append(gram.reshape(spec.shape))
-        return {"activations": grams}
+        return {"activations": map(_read_whole, files, specs)}
 
     return find
+
+
+def _read_whole(file: Checkpoint, spec: Parameter) -> Array:
+    values = np.empty(spec.entries, np.float64)
+    file.read(spec.name, 0, values)
+    return values.reshape(spec.shape)
 
 
 def _own_names(models: Models, row: int, file: Checkpoint, *, required: bool) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubfusion.errors import Conflict, Corrupt, NotFound
-from hubfusion.hub import Change, Commit, Kind, Listing, OnBytes
+from hubfusion.hub import Change, Commit, Job, JobState, Kind, Listing, OnBytes
 from hubfusion.lineage import Finetune, RemoteFile, Revision
 
 Content = bytes | Path
@@ -66,6 +66,10 @@ class FakeHub:
         tree = self._tree(revision)
         return tuple(remote_file(path, content) for path, content in sorted(tree.items()))[: limit + 1]
 
+    def present(self, revision: Revision, paths: Sequence[str], kind: Kind = Kind.MODEL) -> frozenset[str]:
+        self.requests += 1
+        return frozenset(self._tree(revision).keys() & set(paths))
+
     def flagged(self, revision: Revision, paths: Sequence[str]) -> dict[str, str]:
         self.requests += 1
         return {path: self.warnings[path] for path in paths if path in self.warnings}
@@ -106,7 +110,8 @@ class FakeHub:
         return target
 
     def create(self, repo: str, kind: Kind = Kind.MODEL) -> None:
-        self.commits.setdefault(repo, [])
+        if repo not in self.commits:
+            self.add(repo, {}, "initial commit")
 
     def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
         history = self.commits[repo]
@@ -115,7 +120,8 @@ class FakeHub:
         tree = dict(history[-1][1]) if history else {}
         for path in change.delete:
             tree.pop(path, None)
-        return self.add(repo, tree | dict(change.files), change.title).sha
+        new = {p: c.read_bytes() if isinstance(c, Path) else c for p, c in change.files.items()}
+        return self.add(repo, tree | new, change.title).sha
 
     def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
         if self.tagged.setdefault(repo, {}).setdefault(name, sha) != sha:
@@ -124,6 +130,15 @@ class FakeHub:
     def discuss(self, repo: str, title: str, body: str) -> int:
         self.discussions.append((repo, title, body))
         return len(self.discussions)
+
+    def start_job(self, job: Job) -> str:
+        raise NotImplementedError("jobs are tested on the embedded Hub")
+
+    def job_state(self, namespace: str, key: str) -> JobState:
+        raise NotImplementedError("jobs are tested on the embedded Hub")
+
+    def cancel_job(self, namespace: str, key: str) -> None:
+        raise NotImplementedError("jobs are tested on the embedded Hub")
 
 
 def remote_file(path: str, content: Content) -> RemoteFile:

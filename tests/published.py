@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hubfusion.fuse import fuse
 from hubfusion.gate import Decision
@@ -23,6 +26,20 @@ def flip(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
+
+
+def make_keys(folder: Path) -> tuple[Path, Path]:
+    """A private and a public key; the test is skipped where signing is not installed."""
+    pytest.importorskip("model_signing.signing", reason="pip install hubfusion[sign]")
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / "key.pem", folder / "key.pub"
+    private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
 
 
 def scores(model: str) -> Scores:
@@ -53,7 +70,6 @@ class World:
     def iterate(self, number: int, authors: tuple[str, ...]) -> None:
         """Contribute, fuse, publish, tag: by the same calls as the bot."""
         at = self.folder / f"made-{number}"
-        base = write_folder(at / "base", {WEIGHTS: self.read(self.head, WEIGHTS)})
         contributions, paths = [], []
         for seed, author in enumerate(authors):
             data = weights(finetuned(base_tensors(), 100 * number + seed))
@@ -62,6 +78,14 @@ class World:
             contributions.append(Contribution(pushed, author, self.head, "mit", ("org/news",), 600, read))
             paths.append(write_folder(at / author, {WEIGHTS: data}))
         recipe = Recipe(self.head, tuple(c.revision for c in contributions), tuple(1.0 + i for i in range(len(paths))))
+        self.publish(recipe, contributions, paths, number)
+
+    def publish(
+        self, recipe: Recipe, contributions: Sequence[Contribution], paths: list[Path], number: int = 1
+    ) -> None:
+        """Fuse by a recipe over the newest version and make the result the next one."""
+        at = self.folder / f"made-{number}"
+        base = write_folder(at / "from", {WEIGHTS: self.read(self.head, WEIGHTS)})
         written = fuse(recipe, base, paths, at / "out").files
         made = tuple(RemoteFile(f.name, f.size, "0" * 40, f.sha256) for f in written)
         decision, parent = Decision(True, 0.4, (), "better by 0.4"), f"v{number - 1}"

@@ -51,7 +51,7 @@ def breadcrumbs(deltas, alphas, density=0.9, gamma=0.01):
     return task_arithmetic(kept, alphas)
 
 
-def sce(deltas, alphas, density=0.1):
+def sce(deltas, alphas, density=0.1, combine="mean"):
     stacked = np.stack(deltas)
     spread = stacked.var(axis=0)
     wanted = max(1, round(density * spread.size))
@@ -61,8 +61,10 @@ def sce(deltas, alphas, density=0.1):
     for index in np.ndindex(out.shape):
         values = [float(d[index]) for d in deltas]
         vote = sum(values)
-        if chosen[index] and sum(energy) > 0:
-            out[index] = sum(e * v for e, v in zip(energy, values, strict=True) if v * vote > 0) / sum(energy)
+        agreeing = [(e, v) for e, v in zip(energy, values, strict=True) if v * vote > 0]
+        if chosen[index] and sum(e for e, _ in agreeing) > 0:
+            whole = sum(e for e, _ in agreeing) if combine == "mean" else sum(energy)
+            out[index] = sum(e * v for e, v in agreeing) / whole
     return out
 
 

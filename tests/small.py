@@ -16,14 +16,15 @@ from hubfusion.suite import Dataset
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"good bad fine poor happy sad cat dog tree house the a is was".split()]
 
 
-def make_base(folder: Path, seed: int = 0) -> Path:
-    """A BERT of 2 layers, width 16, with a word-level tokenizer of 18 words."""
+def make_base(folder: Path, seed: int = 0, rare: int = 0, width: int = 16) -> Path:
+    """A BERT of 2 layers with a word-level tokenizer of 18 words and ``rare`` that no text contains."""
+    words = [*WORDS, *(f"rare{i}" for i in range(rare))]
     config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
+        vocab_size=len(words),
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=32,
+        intermediate_size=2 * width,
         max_position_embeddings=32,
         initializer_range=0.3,
         hidden_dropout_prob=0.0,
@@ -31,7 +32,7 @@ def make_base(folder: Path, seed: int = 0) -> Path:
     torch.set_num_threads(1)  # such small products only wait for each other on more
     torch.manual_seed(seed)
     BertModel(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]

@@ -10,7 +10,7 @@ import pytest
 
 from hubfusion.errors import CheckpointError
 from hubfusion.fuse import Plan, Settings, fuse
-from tests.checkpoints import load
+from tests.checkpoints import load, save
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -71,8 +71,26 @@ def fused(base: Path, inputs: list[Path], out: Path, **settings) -> dict[str, np
         {"target_modules": ATTENTION, "use_dora": True},
         {"target_modules": ["dense", "word_embeddings"]},
         {"target_modules": [*ATTENTION, "dense"], "rank_pattern": {"query": 2}, "alpha_pattern": {"query": 3}},
+        {"target_modules": ATTENTION, "rank_pattern": {"layer.1.attention.self.query": 2}, "use_rslora": True},
+        {"target_modules": ATTENTION, "use_rslora": True, "use_dora": True, "alpha_pattern": {"value": 20}},
+        {"target_modules": ATTENTION, "bias": "lora_only"},
+        {"target_modules": ATTENTION, "bias": "all", "layers_to_transform": [1]},
+        {"target_modules": ATTENTION, "modules_to_save": ["pooler", "intermediate"]},
+        {"target_modules": "all-linear", "init_lora_weights": "orthogonal"},
     ],
-    ids=["lora", "rslora", "dora", "embeddings", "patterns"],
+    ids=[
+        "lora",
+        "rslora",
+        "dora",
+        "embeddings",
+        "patterns",
+        "rslora-patterns",
+        "rslora-dora",
+        "bias-lora",
+        "bias-all",
+        "saved",
+        "all-linear",
+    ],
 )
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
 def test_one_adapter_gives_what_peft_merges(tmp_path, options, auto):
@@ -120,8 +138,14 @@ def change(folder: Path, **fields) -> None:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3': only 'LORA' can be fused exactly"),
-        ({"bias": "all"}, "bias 'all': only 'none' can be fused exactly"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be fused exactly, allowed are 'LORA'"),
+        ({"bias": "some"}, "bias 'some' cannot be fused exactly, allowed are 'none', 'all', 'lora_only'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' cannot be fused exactly, allowed"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' cannot be fused exactly"),
+        ({"kasa_config": {"beta": 1}}, r"kasa_config \{'beta': 1\} cannot be fused exactly: merge it with peft first"),
+        ({"lora_bias": True}, "lora_bias True cannot be fused exactly"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices \[3\] cannot be fused exactly"),
+        ({"what_comes_next_year": 1}, "what_comes_next_year 1 cannot be fused exactly"),
         ({"r": 5}, "r is 5, its matrices have 4"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number, got '8'"),
         ({"alpha_pattern": {"query|value": 3}}, r"pattern 'query\|value': only plain module names"),
@@ -140,3 +164,38 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path):
     one = adapter(bert(tmp_path / "bert"), tmp_path / "one", "AutoModel", target_modules=ATTENTION)
     with pytest.raises(CheckpointError, match=r"the base has no encoder.layer.0.attention.self.query.weight"):
         fused(gpt2(tmp_path / "gpt2"), [one], tmp_path / "out")
+
+
+def test_an_adapter_of_a_tied_embedding_changes_both_places_of_a_base_that_stores_it_twice(tmp_path):
+    base = gpt2(tmp_path / "base")
+    one = adapter(base, tmp_path / "one", "AutoModelForCausalLM", target_modules=["wte"])
+    tensors = load(base)
+    twice = save(tmp_path / "twice", {**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
+    out, wanted = fused(twice, [one], tmp_path / "out"), merged(one)
+    np.testing.assert_allclose(out["wte.weight"], wanted["wte.weight"], rtol=2e-6, atol=1e-6)
+    assert np.array_equal(out["lm_head.weight"], out["wte.weight"])
+    assert not np.array_equal(out["wte.weight"], tensors["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("modules", [["word_embeddings"], ["query", "word_embeddings"]])
+def test_dora_of_an_embedding_is_refused_by_name(tmp_path, modules):
+    base = bert(tmp_path / "base")
+    one = adapter(base, tmp_path / "one", "AutoModel", target_modules=modules, use_dora=True)
+    with pytest.raises(CheckpointError, match="word_embeddings: DoRA on embeddings or Conv1D: merge it with peft"):
+        fused(base, [one], tmp_path / "out")
+
+
+def test_a_missing_half_or_another_shape_is_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    base = bert(tmp_path / "base")
+    one = adapter(base, tmp_path / "one", "AutoModel", target_modules=ATTENTION)
+    file = one / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"
+    save_file({n: v for n, v in tensors.items() if n != name}, file)
+    with pytest.raises(CheckpointError, match="encoder.layer.0.attention.self.query: lora_B is missing"):
+        fused(base, [one], tmp_path / "out")
+    save_file({**tensors, name: tensors[name][:8].copy()}, file)
+    with pytest.raises(CheckpointError, match=r"self.query: shape \[8, 16\], the base has \[16, 16\]"):
+        fused(base, [one], tmp_path / "out")

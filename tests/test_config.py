@@ -33,11 +33,35 @@ def test_files_are_found_beside_the_settings(tmp_path: Path) -> None:
     assert suite.name == "mine"
 
 
+def test_a_probe_suite_is_found_beside_the_settings_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('name = "mine"\ndatasets = [{ name = "d", repo = "a/d" }]\n')
+    (tmp_path / "bot.toml").write_text(LEAST + "[leave_one_out]\nsuite = 'mine.toml'\nseeds = [0]\n")
+    probe = read_config(tmp_path / "bot.toml").leave_one_out
+    assert probe is not None and probe.seeds == (0,)
+    assert read_plan(probe)[0].name == "mine"
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "slerp"])
+def test_a_method_that_cannot_clip_is_fine_without(tmp_path: Path, method: str) -> None:
+    (tmp_path / "bot.toml").write_text(LEAST + f"[fuse]\nmethod = '{method}'\nclip = false\n")
+    assert read_config(tmp_path / "bot.toml").fuse.method == method
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (LEAST + "[fuse]\nmethd = 'ties'\n", r"bot\.toml\.fuse: unknown key 'methd', allowed are method, options"),
         (LEAST + "[fuse]\nclip = 'yes'\n", r"bot\.toml\.fuse\.clip: true or false is needed, got 'yes'"),
+        (
+            LEAST + "[fuse]\nmethod = 'ties'\n",
+            "fuse.clip: ties cannot clip; set clip = false or use one of average, geometric_median, median, "
+            "multi_krum, task_arithmetic, trimmed_mean$",
+        ),
+        (LEAST + "[fuse]\noptions = { norm = 'equal' }\n", r"fuse\.options\.norm: clip = true decides it"),
+        (LEAST + "[fuse]\nmethod = 'mean'\n", r"fuse\.method must be one of average, .* got 'mean'"),
+        (LEAST + "[fuse]\nisolate = -1\n", r"fuse\.isolate must be at least 0, got -1"),
+        (LEAST + "[fuse]\nat_least = 0\n", r"fuse\.at_least must be at least 1, got 0"),
+        (LEAST + "[examine]\nversions = -1\n", r"examine\.versions must be at least 0, got -1"),
         (LEAST + "[gate]\nmean = -1\n", r"gate\.mean must be at least 0 points, got -1"),
         ("base = 'a/b'\n", r"key 'ledger' is missing"),
         ("base = \n", r"bot\.toml: not TOML"),
@@ -66,3 +90,18 @@ def test_the_token_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     access = read_access()
     assert (access.endpoint, access.token) == ("http://127.0.0.1:1", "hf_canary")
     assert "hf_canary" not in repr(access)
+
+
+def test_a_trigger_scan_is_off_until_its_table_is_there(tmp_path: Path) -> None:
+    (tmp_path / "bot.toml").write_text(LEAST)
+    assert read_config(tmp_path / "bot.toml").triggers is None
+    (tmp_path / "bot.toml").write_text(LEAST + "[triggers]\ntokens = 50\nradii = [0.5, 1]\n")
+    found = read_config(tmp_path / "bot.toml").triggers
+    assert found is not None and (found.tokens, found.radii, found.texts) == (50, (0.5, 1.0), 32)
+
+
+def test_the_signing_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HUBFUSION_SIGNING_KEY", raising=False)
+    assert read_access().signing_key is None
+    monkeypatch.setenv("HUBFUSION_SIGNING_KEY", "/keys/release.pem")
+    assert read_access().signing_key == Path("/keys/release.pem")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,20 +47,20 @@ def inputs_of(name: str, inputs: list[Path]) -> list[Path]:
     return inputs[:2] if name == "slerp" else inputs
 
 
-def split(vector: np.ndarray) -> dict[str, np.ndarray]:
-    sizes = np.cumsum([int(np.prod(s)) for s in SHAPES.values()])[:-1]
-    return {n: part.reshape(s) for (n, s), part in zip(SHAPES.items(), np.split(vector, sizes), strict=True)}
+def split(vector: np.ndarray, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    sizes = np.cumsum([v.size for v in like.values()])[:-1]
+    return {n: part.reshape(v.shape) for (n, v), part in zip(like.items(), np.split(vector, sizes), strict=True)}
 
 
 def expected(name: str, base: Path, inputs: list[Path], coefficients) -> dict[str, np.ndarray]:
     """The fused deltas by the slow author: over one long vector where a method looks at the whole model."""
-    start = {n: v.astype(np.float64) for n, v in load(base).items()}
-    deltas = [{n: v.astype(np.float64) - start[n] for n, v in load(p).items()} for p in inputs]
+    start = {n: v.astype(np.float64) for n, v in load(base).items() if v.size}
+    deltas = [{n: v.astype(np.float64) - start[n] for n, v in load(p).items() if v.size} for p in inputs]
     slow = getattr(reference, name)
     if name in WHOLE_MODEL:
-        return split(slow([np.concatenate([d[n].ravel() for n in SHAPES]) for d in deltas], coefficients))
+        return split(slow([np.concatenate([d[n].ravel() for n in start]) for d in deltas], coefficients), start)
     out = {}
-    for n in SHAPES:
+    for n in start:
         parts = [d[n] for d in deltas]
         if name in ("slerp", "karcher"):
             out[n] = slow([p + start[n] for p in parts], coefficients) - start[n]
@@ -115,17 +116,26 @@ def test_torch_tensors_take_the_same_path(models, tmp_path, name):
         np.testing.assert_allclose(there[n], here[n], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("norms, where, entry", [(True, "d", 12_345), (False, "d", 12_345), (True, "a", 260)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_not_finite_input_never_passes(models, tmp_path, name):
+def test_a_not_finite_input_never_passes(models, tmp_path, name, norms, where, entry):
     base, inputs = models[0], list(inputs_of(name, models[1]))
     tensors = load(inputs[1])
-    tensors["d"][12_345] = np.inf
+    tensors[where].flat[entry] = np.inf
     inputs[1] = save(tmp_path / "bad", tensors)
     for extra in ("fisher.safetensors", "regmean.safetensors"):
         (inputs[1] / extra).write_bytes((inputs[0] / extra).read_bytes())
-    with pytest.raises(CheckpointError, match=r"bad: d: entry 12345 minus the base's is inf"):
-        fuse(plan_for(name, len(inputs)), base, inputs, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=rf"bad: {where}: entry {entry} minus the base's is inf; only"):
+        fuse(plan_for(name, len(inputs)), base, inputs, tmp_path / "out", settings=Settings(norms=norms))
     assert not any((tmp_path / "out").glob("*"))
+
+
+def test_norms_that_nobody_asked_for_are_none_and_change_no_byte(models, tmp_path):
+    for name in ("average", "ties"):
+        measured = fuse(plan_for(name, 5), *models, tmp_path / "a")
+        bare = fuse(plan_for(name, 5), *models, tmp_path / "b", settings=Settings(norms=False))
+        assert bare.norms == (None,) * 5 and None not in measured.norms and bare.files == measured.files
 
 
 def test_ties_trimmed_by_parameter_differs_from_the_whole_model_and_equals_its_author(models, tmp_path):
@@ -192,18 +202,22 @@ def test_memory_does_not_grow_with_inputs_or_model(tmp_path):
         "print(int(status[status.index('VmHWM:') + 1]) / 1024)"
     )
 
-    def peak(entries: int, k: int, method: str) -> float:
-        folder = tmp_path / str(entries)
+    def peak(shape: int | tuple[int, int], k: int, method: str) -> float:
+        folder = tmp_path / str(shape)
         if not folder.exists():
-            value = rng.standard_normal(entries, dtype=np.float32)
+            value = rng.standard_normal(shape, dtype=np.float32)
             save(folder / "base", {"w": value})
             save(folder / "one", {"w": value + np.float32(0.1)})
+            if isinstance(shape, tuple):
+                save_file({"w": np.eye(shape[1], dtype=np.float32)}, folder / "one" / "regmean.safetensors")
         command = [sys.executable, "-c", script, str(folder / "base"), str(folder / "one"), str(k), method]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     for method in ("average", "dare_ties"):
         small, wide, large = peak(4 << 20, 2, method), peak(4 << 20, 24, method), peak(12 << 20, 2, method)
         assert wide < small + 12 and large < small + 8
+    for method in ("iso_c", "regmean"):  # a matrix of 4 MiB whole, but not all inputs' at once
+        assert peak((4096, 256), 16, method) < peak((4096, 256), 2, method) + 12
 
 
 def test_ties_of_a_finetune_with_frozen_layers_keeps_every_change(models, tmp_path, monkeypatch):
@@ -214,3 +228,54 @@ def test_ties_of_a_finetune_with_frozen_layers_keeps_every_change(models, tmp_pa
     fuse(plan_for("ties", 1), base, [save(tmp_path / "frozen", changed)], tmp_path / "out")
     out = load(tmp_path / "out")
     assert all(np.array_equal(out[n], changed[n]) for n in SHAPES)
+
+
+FULL = {  # options at which a method keeps everything, and the slow author that says the same
+    "dare": ("task_arithmetic", {"density": 1.0}),
+    "dare_ties": ("ties_of_all", {"density": 1.0}),
+    "della": ("ties_of_all", {"density": 1.0, "epsilon": 0.0}),
+    "breadcrumbs": ("task_arithmetic", {"density": 1.0, "gamma": 0.0}),
+}
+DTYPES = {"float64": 1e-14, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # spacing at 1
+SMALL = {"a": (12, 9), "b": (9,), "c": (), "d": (2, 3, 4), "e": (40, 6)}
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
+    """A base and five finetunes in each float dtype, in two shards each, with statistics and an empty parameter."""
+    found = {}
+    for dtype in DTYPES:
+        folder, rng = tmp_path_factory.mktemp(dtype), np.random.default_rng(5)
+        base = {n: rng.standard_normal(s).astype(dtype) for n, s in SMALL.items()} | {"z": np.zeros((0, 3), dtype)}
+        inputs = []
+        for i in range(5):
+            tensors = {n: (v + 0.1 * rng.standard_normal(v.shape)).astype(dtype) for n, v in base.items()}
+            inputs.append(save(folder / str(i), tensors, shards=2))
+            fishers = {n: np.asarray(rng.random(v.shape), np.float32) for n, v in base.items()}
+            save_file(fishers, inputs[-1] / "fisher.safetensors")
+            x = rng.standard_normal((30, 9)).astype(np.float32)
+            save_file({"a": x.T @ x}, inputs[-1] / "regmean.safetensors")
+        found[dtype] = save(folder / "base", base, shards=2), inputs
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_every_dtype_is_its_slow_author_rounded_once(typed, tmp_path, monkeypatch, name, dtype):
+    monkeypatch.setattr(reference, "ties_of_all", lambda d, a: reference.ties(d, a, density=1.0), raising=False)
+    author, options = FULL.get(name, (name, {"density": 1.0} if name == "sce" else {}))
+    if name == "sce":
+        monkeypatch.setattr(reference, "sce", partial(reference.sce, density=1.0))
+    base, inputs = typed[dtype][0], inputs_of(name, typed[dtype][1])
+    plan = plan_for(name, len(inputs), **options)
+    fuse(plan, base, inputs, tmp_path / "out")
+    out, start = load(tmp_path / "out"), load(base)
+    assert out["z"].shape == (0, 3)
+    for n, delta in expected(author, base, inputs, plan.coefficients).items():
+        exact = start[n].astype(np.float64) + delta
+        assert out[n].dtype == np.dtype(dtype) and out[n].shape == exact.shape
+        steps = max(float(np.abs(load(p)[n].astype(float) - start[n].astype(float)).max()) for p in inputs)
+        working = (1e-12 if dtype == "float64" else 2e-6) * steps
+        smoothing = 1e-5 * steps if name == "geometric_median" else 0.0
+        allowed = 0.5 * DTYPES[dtype] * np.maximum(np.abs(exact), 1e-4) * (1 + 1e-6) + working * 5 + smoothing
+        assert (np.abs(out[n].astype(np.float64) - exact) <= allowed).all(), n

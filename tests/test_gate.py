@@ -60,3 +60,8 @@ def test_scores_that_were_not_made_alike_are_not_compared() -> None:
 def test_margins_that_demand_a_gain_are_refused(margins: dict[str, float]) -> None:
     with pytest.raises(FusionError, match=r"gate\.\w+ must be at least 0 points"):
         Margins(**margins)
+
+
+def test_what_another_check_finds_is_an_objection_of_its_own() -> None:
+    decision = decide(BASE, BASE, Margins(), ("Trigger scan on news: x.",))
+    assert (decision.promote, decision.objections) == (False, ("Trigger scan on news: x.",))

@@ -383,3 +383,240 @@ def test_a_lost_race_is_a_conflict_even_if_the_winner_has_the_same_weights(world
     hub.commit(BASE, Change("one", head, "n1", {"fusion.json": b"1"}))
     with pytest.raises(Conflict):
         hub.commit(BASE, Change("two", head, "n2", {"fusion.json": b"2"}))
+
+
+def offer_poison(world: World, poisoned: str, *others: str) -> list[tiny.Tensors]:
+    """Offer finetunes, and let the scores of every fused folder fall by how much of the poisoned one is in it."""
+    base = world.tensors()
+    offered = [tiny.finetuned(base, seed) for seed, _ in enumerate((*others, poisoned))]
+    for user, tensors in zip((*others, poisoned), offered, strict=True):
+        world.offer(f"{user}/model", tensors)
+    names = [n for n, t in base.items() if t.dtype == np.float32]
+    tau = {n: offered[-1][f"bert.{n}"].astype(float) - base[n] for n in names}
+    square = sum(float((t * t).sum()) for t in tau.values())
+
+    def gain(folder: Path) -> tuple[float, float]:
+        from safetensors.numpy import load_file
+
+        fused = load_file(folder / "model.safetensors") if folder.name != "base" else base
+        share = sum(float(((fused[n] - base[n]) * tau[n]).sum()) for n in names) / square
+        return 1.0, 0.5 - 40 * share
+
+    world.gain = gain
+    return offered[:-1]
+
+
+def test_the_contribution_that_the_gate_objects_to_is_isolated_and_the_rest_promoted(world: World) -> None:
+    models = offer_poison(world, "mallory", "alice", "bob", "carol")
+    result = world.iterate()
+    assert result.verdict is Verdict.PROMOTED
+    assert [c.author for c in result.contributions] == ["alice", "bob", "carol"]
+    (rejected,) = result.rejected
+    assert (rejected.author, rejected.reason) == ("mallory", Reason.HARMFUL)
+    assert rejected.detail.startswith(
+        "the gate accepts 3 others without it and refuses them with it: The mean gain of -4."
+    )
+    assert "mail by linear-probing loses" in rejected.detail
+    hub = world.hub()
+    manifest = manifest_at(hub, hub.resolve(BASE, "v1"))
+    assert manifest is not None and len(manifest.norms) == 3
+    assert [r.repo for r in manifest.recipe.inputs] == ["alice/model", "bob/model", "carol/model"]
+    tried = [([r.repo.split("/")[0] for r in t.inputs], t.decision.promote) for t in manifest.trials]
+    assert tried == [(["alice", "bob"], True), (["alice", "bob", "carol"], True)]
+    exact = np.mean([m["bert.pooler.dense.weight"].astype(float) for m in models], axis=0)
+    np.testing.assert_allclose(world.tensors("v1")["pooler.dense.weight"], exact, atol=1e-7)
+    (title,) = world.titles("mallory/model")
+    assert title.startswith(f"Not fused into {BASE}: harmful (commit ")
+    assert world.iterate("again").verdict is Verdict.NOTHING_NEW
+
+
+def test_a_rest_too_small_waits_without_the_harmful_one(world: World) -> None:
+    offer_poison(world, "mallory", "alice")
+    result = world.iterate()
+    assert result.verdict is Verdict.WAITING
+    assert [c.author for c in result.contributions] == ["alice"]
+    assert [(r.author, r.reason) for r in result.rejected] == [("mallory", Reason.HARMFUL)]
+    world.offer("bob/model")
+    assert [c.author for c in world.iterate().contributions] == ["alice", "bob"]
+
+
+def test_without_isolation_or_without_a_culprit_the_whole_candidate_is_refused(world: World) -> None:
+    from dataclasses import replace
+
+    offer_poison(world, "mallory", "alice", "bob")
+    world.config = replace(world.config, fuse=replace(world.config.fuse, isolate=0))
+    assert world.iterate(act=False).verdict is Verdict.REFUSED
+    world.config = replace(world.config, fuse=replace(world.config.fuse, isolate=8))
+    world.gain = (0.0, -8.0)
+    result = world.iterate()
+    assert (result.verdict, len(result.trials)) == (Verdict.REFUSED, 4)
+    (refused,) = [e for e in world.ledger().events if isinstance(e, Refused)]
+    assert refused.trials == result.trials and not any(t.decision.promote for t in refused.trials)
+
+
+def test_a_worker_killed_between_two_trials_goes_on_to_the_same_end(world: World) -> None:
+    from hubfusion import evaluate as evaluation
+
+    class Killed(BaseException):
+        pass
+
+    offer_poison(world, "mallory", "alice", "bob", "carol")
+    original, calls = evaluation.evaluate, 0
+
+    def dying(*arguments, **more):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Killed
+        return original(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", dying)
+        with pytest.raises(Killed):
+            world.iterate("killed")
+    result = world.iterate("next")
+    assert (result.verdict, [r.author for r in result.rejected]) == (Verdict.PROMOTED, ["mallory"])
+
+
+def test_leaving_each_out_is_measured_published_and_told(world: World) -> None:
+    """Scores fall by 40 points a whole share of mallory's update: she takes 10 away, each other's absence 3.3 more."""
+    from dataclasses import replace
+
+    offer_poison(world, "mallory", "alice", "bob", "carol")
+    suite = replace(world.config.evaluate, seeds=(0,))
+    margins = replace(world.config.gate, mean=50, worst=100)
+    world.config = replace(world.config, leave_one_out=suite, gate=margins)
+    result = world.iterate()
+    assert result.verdict is Verdict.PROMOTED
+    # Mean over news and mail: half of what mail loses; sketches of shares are not exact, the updates not orthogonal.
+    assert result.leave_one_out == pytest.approx([1.67, 1.67, 1.67, -5], abs=0.5)
+    hub = world.hub()
+    release = hub.resolve(BASE, "v1")
+    manifest = manifest_at(hub, release)
+    assert manifest is not None and manifest.leave_one_out == result.leave_one_out
+    card = hub.read(release, "README.md", stop=1 << 20).decode()
+    assert f"| 1.00 | {result.leave_one_out[3]:+.2f} |" in card and "| coefficient | adds |" in card
+    (promoted,) = [e for e in world.ledger().events if isinstance(e, Promoted)]
+    assert promoted.leave_one_out == result.leave_one_out
+
+
+def test_leaving_one_out_first_makes_isolation_one_trial(world: World) -> None:
+    from dataclasses import replace
+
+    offer_poison(world, "mallory", "alice", "bob", "carol")
+    world.config = replace(world.config, leave_one_out=replace(world.config.evaluate, seeds=(0,)))
+    result = world.iterate()
+    assert [(r.author, r.reason) for r in result.rejected] == [("mallory", Reason.HARMFUL)]
+    assert [len(t.inputs) for t in result.trials] == [3]
+
+
+def test_the_weight_space_report_is_in_the_release_and_one_changed_byte_of_it_is_found(world: World) -> None:
+    import json
+    from dataclasses import replace
+
+    from hubfusion.provenance import _compare_manifest
+
+    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/model")
+    world.iterate()
+    hub = world.hub()
+    release = hub.resolve(BASE, "v1")
+    report = json.loads(hub.read(release, "soundness.json", stop=1 << 20))
+    assert [m["author"] for m in report["measures"]] == ["alice", "bob"]
+    assert [r["reason"] for r in report["rejected"]] == ["not-finite"]
+    assert hub.read(release, "weight-space.svg", stop=1 << 20).startswith(b"<svg ")
+    card = hub.read(release, "README.md", stop=1 << 20).decode()
+    assert "[picture](weight-space.svg), [data](soundness.json)" in card
+    manifest = manifest_at(hub, release)
+    assert manifest is not None
+    listed = {f.path: f for f in hub.files(release)}
+    assert list(_compare_manifest(hub, release, "v1", manifest, listed)) == []
+    listed["weight-space.svg"] = replace(listed["weight-space.svg"], blob="0" * 40)
+    said = "weight-space.svg is not the one that fusion.json names"
+    assert list(_compare_manifest(hub, release, "v1", manifest, listed)) == [said]
+
+
+def test_contributions_are_compared_with_the_version_before_and_with_norms_accepted_before(world: World) -> None:
+    """A finetune of v0 that says it is one of v1 is named; two thousandfold updates do not set their own norm."""
+    from dataclasses import replace
+
+    first = world.tensors()
+    for user in ("alice", "bob", "carol"):
+        world.offer(f"{user}/one", tiny.finetuned(first, world.offers, step=0.02))
+    assert world.iterate().verdict is Verdict.PROMOTED
+    second = world.tensors()
+    world.offer("mallory/old", tiny.finetuned(first, 20), version="v1")
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/two", tiny.finetuned(second, world.offers, step=0.02))
+    world.config = replace(world.config, fuse=replace(world.config.fuse, clip=True))
+    result = world.iterate(act=False)
+    assert [(r.author, r.reason) for r in result.rejected] == [("mallory", Reason.WRONG_BASE)]
+    assert "made from v0" in result.rejected[0].detail
+    world.offer("alice/two", tiny.finetuned(second, 30, step=0.02 / 100))
+    world.offer("bob/two", tiny.finetuned(second, 31, step=0.02 / 100))
+    found = {r.revision.repo: r.reason for r in world.iterate("norms", act=False).rejected}
+    assert found == {"mallory/old": Reason.WRONG_BASE, "alice/two": Reason.OUTLIER, "bob/two": Reason.OUTLIER}
+
+
+def test_a_release_is_signed_with_the_key_and_a_later_unsigned_one_carries_no_old_signature(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    from hubfusion.provenance import verify
+    from tests.published import make_keys
+
+    private, public = make_keys(tmp_path)
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/one")
+    with caplog.at_level("DEBUG"):
+        result = run_iteration(replace(world.run("signed"), signing_key=private), act=True)
+    assert result.verdict is Verdict.PROMOTED and "publish: signed" in caplog.text
+    assert not [line for line in private.read_text().splitlines()[1:-1] if line in caplog.text]
+    hub = world.hub()
+    assert verify(hub, BASE, "v1", tmp_path / "a", public_key=public).differences == ()
+    _, other = make_keys(tmp_path / "other")
+    (said,) = verify(hub, BASE, "v1", tmp_path / "b", public_key=other).differences
+    assert said.startswith("model.sig does not hold")
+    for user in ("alice", "bob"):
+        world.offer(f"{user}/two")
+    assert world.iterate("unsigned").verdict is Verdict.PROMOTED
+    assert "model.sig" not in [f.path for f in hub.files(hub.resolve(BASE, "v2"))]
+    assert verify(hub, BASE, "v2", tmp_path / "c", public_key=public).differences == (f"{BASE} v2 is not signed",)
+
+
+def test_a_finding_of_the_trigger_scan_is_an_objection_and_its_cause_is_isolated(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from hubfusion import triggers
+    from hubfusion.policy import Scan
+
+    offer_poison(world, "mallory", "alice", "bob", "carol")
+    gain = world.gain
+    assert callable(gain)
+    world.gain = (1.0, 0.5)  # accuracy shows nothing
+
+    def scan(candidate: Path, base: Path, suite: object, settings: Scan) -> tuple[str, ...]:
+        return ("Trigger scan on news: x.",) * (gain(candidate)[1] < -5)
+
+    monkeypatch.setattr(triggers, "scan", scan)
+    assert world.iterate(act=False).verdict is Verdict.PLANNED
+    world.config = replace(world.config, triggers=Scan())
+    result = world.iterate()
+    assert result.verdict is Verdict.PROMOTED
+    (rejected,) = result.rejected
+    assert (rejected.author, rejected.reason) == ("mallory", Reason.HARMFUL)
+    assert rejected.detail.endswith("refuses them with it: Trigger scan on news: x.")
+
+
+def test_no_trial_is_begun_that_would_end_after_the_deadline(world: World) -> None:
+    from dataclasses import replace
+
+    offer_poison(world, "mallory", "alice", "bob")
+    world.config = replace(world.config, deadline_minutes=0.0)
+    result = world.iterate()
+    assert (result.verdict, result.trials) == (Verdict.REFUSED, ())
+    assert len(result.contributions) == 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods import METHODS
+from hubfusion.methods import METHODS, sparse
 from hubfusion.methods.draws import draw
 from hubfusion.methods.geometry import karcher, model_stock, slerp
 from hubfusion.methods.linear import average, task_arithmetic
@@ -206,8 +206,11 @@ def test_breadcrumbs_by_hand():
 
 
 def test_sce_by_hand():
-    deltas = np.array([[1.0, 2.0, 0.0], [1.0, -1.0, 4.0]])  # variances 0, 2.25, 4
-    assert sce(deltas, [1, 1], density=2 / 3).tolist() == pytest.approx([0, 4 / 21 * 2, 17 / 21 * 4])
+    deltas = np.array([[1.0, 2.0, 0.0], [1.0, -1.0, 4.0]])  # variances 0, 2.25, 4; energies 4 and 17
+    assert sce(deltas, [1, 1], density=2 / 3).tolist() == pytest.approx([0, 2, 4])
+    assert sce(deltas, [1, 1], density=2 / 3, combine="sum").tolist() == pytest.approx([0, 4 / 21 * 2, 17 / 21 * 4])
+    both = np.array([[3.0, 1.0], [1.0, -2.0], [-1.0, 0.0]])  # energies 10, 5, 1; the third is erased, then the first
+    assert sce(both, [1] * 3, density=1.0).tolist() == pytest.approx([(10 * 3 + 5 * 1) / 15, -2.0])
 
 
 def test_slerp_on_models_by_hand():
@@ -247,6 +250,12 @@ def test_model_stock_by_hand():
     assert not model_stock(np.array([[1.0], [-1.0]]), [1, 1]).any()
 
 
+def test_model_stock_of_eight_nearly_orthogonal_inputs_hardly_moves():
+    cosine = 0.01  # between finetunes of different tasks: t = 8 · 0.01 / (1 + 7 · 0.01) = 0.075
+    deltas = np.linalg.cholesky(np.full((8, 8), cosine) + (1 - cosine) * np.eye(8))
+    np.testing.assert_allclose(model_stock(deltas, [1] * 8), 0.0748 * deltas.mean(axis=0), rtol=1e-3)
+
+
 def test_model_stock_does_not_depend_on_how_small_the_deltas_are():
     deltas = np.array([[2.0, 0.0], [1.0, 3**0.5]])
     np.testing.assert_allclose(model_stock(deltas * 1e-12, [1, 1]) * 1e12, model_stock(deltas, [1, 1]))
@@ -267,6 +276,8 @@ def test_trimmed_mean_and_median_by_hand():
     deltas = np.array([[1.0], [2.0], [4.0], [9.0], [100.0]])
     assert trimmed_mean(deltas, [1] * 5, trim=0.2, norm="keep").tolist() == [5.0]
     assert trimmed_mean(deltas, [1] * 5, trim=0.19, norm="keep").tolist() == [23.2]
+    eight = np.array([[-100.0], [1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [100.0]])  # 0.2 of 8: one from each side
+    assert trimmed_mean(eight, [1] * 8, trim=0.2, norm="keep").tolist() == [3.5]
     assert median(deltas, [1] * 5, norm="keep").tolist() == [4.0]
     assert median(deltas[:4], [1] * 4, norm="keep").tolist() == [3.0]
     assert trimmed_mean(deltas, [1] * 5, trim=0.2, norm="clip").tolist() == pytest.approx([10 / 3])
@@ -384,6 +395,7 @@ def test_draws_are_the_same_in_whatever_pieces_they_are_asked_for():
         (lambda: multi_krum(D, [1, 1, 1], faulty=1), r"multi_krum: faulty must be in \[0, 0\] with 3 inputs, got 1"),
         (lambda: average(D, [1, 1, -2]), "average: coefficients must have a positive sum, got 0"),
         (lambda: average(D, [1, 1, 1], norm="max"), "norm must be one of keep, clip, equal, got 'max'"),
+        (lambda: sce(D, [2, -1, 1]), r"sce: coefficients must not be negative, got \[2, -1, 1\]"),
         (lambda: fisher(D, [1, 1, 1]), "fisher: every input needs its diagonal"),
     ],
 )
@@ -391,3 +403,13 @@ def test_what_a_method_does_not_allow_is_one_line_with_the_range(call, message):
     with pytest.raises(RecipeError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 700])
+def test_short_and_long_rows_are_ranked_alike(columns, monkeypatch):
+    magnitudes = np.abs(np.random.default_rng(3).standard_normal((4, columns), np.float32)).round(1)  # many are equal
+    values = np.arange(columns, dtype=np.float32)
+    short = sparse.by_rank(magnitudes, values)
+    monkeypatch.setattr(sparse, "SHORT_ROW", 0)
+    assert (short == sparse.by_rank(magnitudes, values)).all()
+    assert (np.take_along_axis(magnitudes, np.argsort(short), axis=-1) == np.sort(magnitudes)).all()

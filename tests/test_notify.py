@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bot.ledger import Judged, Ledger, Promoted, Refused, Said
 from bot.notify import FIX, deliver, pending_answers
 from hubfusion.errors import Forbidden, HubError
+from hubfusion.gate import Decision
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Reason, Revision
 
 A, B, C = (Revision(f"{name}/model", name[0] * 40) for name in ("alice", "bob", "carol"))
@@ -19,7 +23,7 @@ def test_every_reason_has_an_answer_that_says_what_to_do() -> None:
 def test_each_finetune_that_was_dealt_with_is_answered_once() -> None:
     events = (
         Judged(A, "alice", Reason.NOT_FINITE, "w[7, 11] is NaN", 1),
-        Promoted(1, "v1", "f" * 40, (B, C)),
+        Promoted(1, "v1", "f" * 40, (B, C), (0.5, -1.25)),
         Said(B, 3),
     )
     answers = list(pending_answers(Ledger(events, "0" * 40), "ibm/base", HUB))
@@ -28,6 +32,7 @@ def test_each_finetune_that_was_dealt_with_is_answered_once() -> None:
     assert "w\\[7, 11\\] is NaN" in answers[0].body
     assert answers[1].title == f"Part of ibm/base v1 (commit {C.sha[:12]})"
     assert 'revision="v1"' in answers[1].body
+    assert "it adds -1.25 points: the score of v1 minus that of the same fuse without it" in answers[1].body
 
 
 def test_a_refused_candidate_is_told_to_all_who_were_in_it() -> None:
@@ -35,6 +40,10 @@ def test_a_refused_candidate_is_told_to_all_who_were_in_it() -> None:
     answers = list(pending_answers(Ledger((refused,), "0" * 40), "ibm/base", HUB))
     assert [a.finetune for a in answers] == [A, B]
     assert "iteration 4: mean gain -1.20 is below -0.50." in answers[0].body
+    assert "sets were tried" not in answers[0].body
+    trial = Trial((A,), Decision(False, -3.0, ("no.",), "..."))
+    (answer, _) = pending_answers(Ledger((replace(refused, trials=(trial,)),), "0" * 40), "ibm/base", HUB)
+    assert "1 smaller sets were tried; no single model is to blame." in answer.body
 
 
 def test_who_allows_no_discussion_is_noted_and_who_cannot_be_reached_waits_for_the_next_run() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from hubfusion.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
 from hubfusion.errors import RecipeError
 from hubfusion.fuse import Plan
-from hubfusion.recipes import FuseRecipe, read_recipe, write_recipe
+from hubfusion.recipes import MERGEKIT, FuseRecipe, read_recipe, write_recipe
 from tests.checkpoints import family, load
 
 TOML = """
@@ -114,6 +115,20 @@ parameters: {normalize: false, int8_mask: true, lambda: 0.7}
          "task_arithmetic", {}, (-1.0,), "o/o"),
         ("merge_method: dare_ties\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {density: 0.5}",
          "dare_ties", {"combine": "sum", "density": 0.5}, (1.0,), "o/o"),
+        ("merge_method: slerp\nbase_model: a/a\nmodels: [{model: b/b}, {model: a/a}]\nparameters: {t: 0.25}",
+         "slerp", {}, (0.75, 0.25), "a/a"),
+        ("merge_method: slerp\nbase_model: a/a\nmodels: [{model: b/b}]\nparameters: {t: 0.25}",
+         "slerp", {}, (0.75, 0.25), "a/a"),
+        ("merge_method: nuslerp\nmodels: [{model: a/a}, {model: b/b, parameters: {weight: 3}}]",
+         "slerp", {}, (1.0, 3.0), "a/a"),
+        ("merge_method: nuslerp\nbase_model: o/o\nmodels: [{model: a/a}, {model: b/b}]",
+         "slerp", {"space": "deltas"}, (1.0, 1.0), "o/o"),
+        ("merge_method: task_arithmetic\nbase_model: o/o\nmodels: [{model: a/a}, {model: b/b, parameters: {weight: 3}}]"
+         "\nparameters: {normalize: true}", "task_arithmetic", {}, (0.25, 0.75), "o/o"),
+        ("merge_method: della\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {density: 0.5, epsilon: 0.1}",
+         "della", {"combine": "mean", "density": 0.5, "epsilon": 0.2}, (1.0,), "o/o"),
+        ("merge_method: breadcrumbs\nbase_model: o/o\nmodels: [{model: a/a}]",
+         "breadcrumbs", {"density": 1.0, "gamma": 0.0}, (1.0,), "o/o"),
         ("merge_method: sce\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {select_topk: 0.1}",
          "sce", {"density": 0.1}, (1.0,), "o/o"),
         ("merge_method: breadcrumbs\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {density: 0.9, gamma: 0.02}",
@@ -127,17 +142,46 @@ def test_mergekits_methods_have_our_names(tmp_path, text, method, options, coeff
     assert recipe.plan.coefficients == coefficients and recipe.base == base
 
 
+def test_where_a_mergekit_file_is_followed_differently_it_says_so(tmp_path):
+    text = "merge_method: dare_ties\nbase_model: o/o\nmodels: [{model: a/a}]\ndtype: bfloat16"
+    draws, dtype = mergekit(tmp_path, text).notes
+    assert "draws are ours" in draws and "the result has the base's own dtypes" in dtype
+    assert mergekit(tmp_path, "merge_method: linear\nmodels: [{model: a/a}]").notes == ()
+
+
+@pytest.mark.slow
+def test_every_shared_method_gives_what_mergekit_gives(tmp_path):
+    python = os.environ.get("MERGEKIT_PYTHON")
+    if not python:
+        pytest.skip("MERGEKIT_PYTHON must name the interpreter of an environment with mergekit in it")
+    from benchmarks.agreement import CASES, compare
+
+    found = list(compare(Path(python), tmp_path))
+    assert {one.method for one in found} == set(MERGEKIT) and len(found) == len(CASES)
+    assert [one for one in found if not one.is_expected] == []
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("merge_method: nearswap\nmodels: []", "merge_method 'nearswap' is not one we share: linear"),
         ("slices: []\nmerge_method: linear", "'slices' is not supported, allowed are merge_method"),
-        ("merge_method: ties\nmodels: [{model: a/a}]", "base_model is missing; ties works on deltas to it"),
-        ("merge_method: linear\nmodels: [{model: a/a}]\ndtype: float16", "dtype is not supported"),
+        ("merge_method: ties\nmodels: [{model: a/a}]", "base_model is missing; ties starts from it"),
         ("merge_method: linear\nmodels: [{model: a/a, parameters: {weight: [0, 1]}}]", "weight must be one number"),
         ("merge_method: linear\nmodels: [{model: a/a}]\ntokenizer_source: union", "tokenizer_source must be 'base'"),
         ("merge_method: linear\nmodels: [{model: a/a}]\nparameters: {rescale: true}", "'rescale' is not supported"),
-        ("merge_method: linear\nmodels: [{model: a/a}]\nparameters: {normalize: false}", "normalize: False is not"),
+        ("merge_method: linear\nmodels: [{model: a/a}, {model: b/b}]\nparameters: {normalize: false}",
+         "normalize: false needs weights that sum to 1, got 2"),
+        ("merge_method: karcher\nmodels: [{model: a/a, parameters: {weight: 2}}]", "'weight' is not supported"),
+        ("merge_method: dare_ties\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {rescale: false}",
+         "rescale must be true for dare_ties, got False"),
+        ("merge_method: nuslerp\nmodels: [{model: a/a}, {model: b/b}]\nparameters: {nuslerp_row_wise: true}",
+         "nuslerp_row_wise must be false for nuslerp, got True"),
+        ("merge_method: model_stock\nbase_model: o/o\nmodels: [{model: a/a}]\nparameters: {filter_wise: true}",
+         "filter_wise must be false for model_stock, got True"),
+        ("merge_method: slerp\nbase_model: a/a\nmodels: [{model: b/b}, {model: c/c}]\nparameters: {t: 0.5}",
+         "slerp takes a base and one model, got 2"),
+        ("merge_method: slerp\nbase_model: a/a\nmodels: [{model: b/b}]\nparameters: {t: [0, 1]}", "t must be one"),
         ("merge_method: ties\nbase_model: o/o\nmodels: [{model: a/a, parameters: {density: 0.1}}, {model: b/b}]",
          "density must be the same for all models"),
         ("merge_method: ties\nbase_model: o/o\nmodels: [{model: o/o}]", "no model beside the base"),

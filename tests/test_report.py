@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.console import Console
 from bot.iteration import Iteration, Verdict
 from bot.report import show
 from hubfusion.gate import Decision
+from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
 
 BASE = Revision("ibm/base", "b" * 40)
@@ -29,6 +31,14 @@ def test_a_plan_names_what_would_go_in_and_what_not_and_that_nothing_was_written
     assert "rejected: not-finite" in text and "w[3] is nan" in text
     assert "Mean gain +0.50 points." in text
     assert "Nothing was written. Run again with --publish" in text
+
+
+def test_what_was_tried_and_what_each_one_adds_are_shown() -> None:
+    trials = (Trial((ALICE.revision,), DECISION), Trial((BASE,), replace(DECISION, promote=False)))
+    result = Iteration(3, Verdict.PROMOTED, "v2", "v3", (ALICE,), (), DECISION, trials, (-0.75,))
+    text = shown(result, acted=True)
+    assert "tried to isolate who is to blame: 2 sets, 1 accepted" in text
+    assert "adds -0.75 points on the probe suite" in text
 
 
 def test_what_was_done_says_where_it_went() -> None:

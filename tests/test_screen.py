@@ -277,3 +277,30 @@ def test_a_policy_is_read_strictly_from_json() -> None:
     assert policy.licenses == ("mit",) and policy.max_files == 9 and policy.max_per_author == 3
     with pytest.raises(FusionError, match="unknown key 'max_file'"):
         from_json(Policy, {"max_file": 9})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "front", "says"),
+    [
+        ("org/news", b"license: mit", ""),
+        ("org/news", b"license: [cc-by-4.0, mit]", ""),
+        ("org/news", b"license: cc-by-nc-4.0", "its license 'cc-by-nc-4.0' is not one that is accepted here"),
+        ("org/news", b"license: [mit, other]", "its license 'other' is not one"),
+        ("org/news", b"pretty_name: News", "its license None is not one"),
+        ("org/gone", b"license: mit", "no public card says under which license it is"),
+        ("imdb", b"license: mit", "give it with its owner"),
+    ],
+)
+def test_dataset_licenses_are_looked_up_when_the_policy_says_so(dataset: str, front: bytes, says: str) -> None:
+    hub = FakeHub()
+    base = publish_base(hub)
+    hub.add("org/news", {"README.md": b"---\n" + front + b"\n---\n"})
+    files = {"config.json": config(), "model.safetensors": weights(finetuned(base_tensors(), 1))}
+    found = finetune(hub, hub.add("ann/m", files), card(base.revision.sha, datasets=[dataset]))
+    assert isinstance(screen(hub, found, base, Policy()), Contribution)
+    verdict = screen(hub, found, base, Policy(check_dataset_licenses=True))
+    if says:
+        reason, detail = refused(verdict)
+        assert reason is Reason.LICENSE and says in detail and dataset in detail
+    else:
+        assert isinstance(verdict, Contribution)

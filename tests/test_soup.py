@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import RecipeError
-from hubfusion.fuse import Plan
-from hubfusion.soup import fuse_score, greedy_soup, leave_one_out
+from hubfusion.fuse import Plan, fuse
+from hubfusion.soup import fuse_score, greedy_soup, leave_one_out, left_out
 from tests.checkpoints import load, save
 
 
@@ -45,3 +45,29 @@ def test_a_score_that_is_not_a_number_is_refused():
         leave_one_out(1, len)
     with pytest.raises(RecipeError, match="at least one input is needed, got 0"):
         greedy_soup(0, len)
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.5), (1.0, 0.25, 0.0)])
+def test_leaving_one_out_of_the_fused_mean_is_the_fuse_of_the_others(tmp_path, coefficients):
+    rng = np.random.default_rng(0)
+    base = save(tmp_path / "base", {"w": rng.normal(size=(4, 50)).astype(np.float32)})
+    inputs = [save(tmp_path / str(i), {"w": rng.normal(size=(4, 50)).astype(np.float32)}) for i in range(3)]
+    whole = Plan(("a", "b", "c"), coefficients, scale=0.75)
+    fuse(whole, base, inputs, tmp_path / "whole")
+    for out in range(3):
+        kept = [i for i in range(3) if i != out]
+        rest = Plan(tuple("abc"[i] for i in kept), tuple(coefficients[i] for i in kept), scale=0.5)
+        fuse(rest, base, [inputs[i] for i in kept], tmp_path / "rest")
+        short = left_out(whole, rest, out)
+        fuse(short, base, [tmp_path / "whole", inputs[out]], tmp_path / "short")
+        np.testing.assert_allclose(load(tmp_path / "short")["w"], load(tmp_path / "rest")["w"], rtol=0, atol=3e-6)
+
+
+def test_the_hand_computed_mean_of_the_others_and_no_short_way_where_there_is_none():
+    # n = 4, uniform: (4 δ - τ) / 3
+    whole, rest = Plan(tuple("abcd"), (1.0,) * 4), Plan(tuple("abc"), (1.0,) * 3)
+    assert left_out(whole, rest, 3).coefficients == pytest.approx((4 / 3, -1 / 3))
+    ties = Plan(tuple("abcd"), (1.0,) * 4, "ties")
+    clipped = Plan(tuple("abcd"), (1.0,) * 4, "average", (("norm", "clip"),))
+    alone = Plan(("a", "b"), (1.0, 0.0))
+    assert left_out(ties, rest, 3) is left_out(clipped, rest, 3) is left_out(alone, rest, 0) is None

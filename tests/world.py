@@ -45,11 +45,11 @@ def scores(model: str, news: float, mail: float) -> Scores:
 
 @dataclass
 class World:
-    """One base and its surroundings; ``gain`` is what every candidate gains on (news, mail)."""
+    """One base and its surroundings; ``gain`` is what every candidate gains on (news, mail), or says it of a folder."""
 
     server: LocalHub
     config: Config
-    gain: tuple[float, float] = (1.0, 0.5)
+    gain: tuple[float, float] | Callable[[Path], tuple[float, float]] = (1.0, 0.5)
     offers: int = 0
     evaluated: list[str] = field(default_factory=list)
 
@@ -105,6 +105,13 @@ class World:
         return [d.title for d in HfApi(endpoint=self.server.endpoint, token=False).get_repo_discussions(repo)]
 
 
+def work_here(job: worker.Job, work: Path, *rest: object) -> worker.Outcome:
+    """Do the job in this process, in place of `bot.dispatch.dispatch`."""
+    folder = work / "job"
+    folder.mkdir(parents=True, exist_ok=True)
+    return worker.work(job, folder)
+
+
 def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> World:
     """Found the base of two layers and let `dispatch` do its job in this process, with scores that the world sets."""
     (tmp_path / "suite.toml").write_text(SUITE)
@@ -123,17 +130,13 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: objec
 
     def evaluate(checkpoint: Path, model: str, *rest: object, **more: object) -> Scores:
         world.evaluated.append(model)
-        candidate = checkpoint.name == "candidate"
-        news, mail = world.gain if candidate else (0.0, 0.0)
+        fused = checkpoint.name in ("candidate", "trial", "left-out")
+        gain = world.gain(checkpoint) if callable(world.gain) else world.gain
+        news, mail = gain if fused else (0.0, 0.0)
         return scores(model, 70.0 + news, 60.0 + mail)
 
-    def dispatch(job: worker.Job, work: Path, *rest: object) -> worker.Outcome:
-        folder = work / "job"
-        folder.mkdir(parents=True, exist_ok=True)
-        return worker.work(job, folder)
-
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    monkeypatch.setattr(iteration, "dispatch", dispatch)
+    monkeypatch.setattr(iteration, "dispatch", work_here)
     pretrained = tiny.write_folder(
         tmp_path / "pretrained",
         {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.base_tensors()), "vocab.txt": b"a\nb\n"},

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import NoReturn
-
-import typer
 
 from hubfusion.errors import FusionError
 
-app = typer.Typer(
-    name="hubfusion",
-    add_completion=False,
-    help="Recycle finetuned models into a better base (ColD Fusion, arXiv 2212.01378).",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
 
-
-def run(application: typer.Typer, argv: list[str] | None = None) -> NoReturn:
-    """Run a typer application; a `FusionError` becomes one line on stderr and exit code 1, never a traceback."""
+def run(application: Callable[..., object], argv: list[str] | None = None) -> NoReturn:
+    """Run an application; a `FusionError` becomes one line on stderr and exit code 1, never a traceback."""
     try:
         application(args=argv)
     except FusionError as error:
@@ -35,12 +25,15 @@ def run(application: typer.Typer, argv: list[str] | None = None) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    `hubfusion fuse` does not pass through typer: building its commands takes longer than fusing a small model.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["fuse"]:
+        from hubfusion.cli.fuse import fuse
+
+        run(fuse, argv[1:])
+    from hubfusion.cli.app import app
+
     run(app, argv)
-
-
-from hubfusion.cli import contribute as _contribute  # noqa: E402,F401
-from hubfusion.cli import evaluate as _evaluate  # noqa: E402,F401
-from hubfusion.cli import fuse as _fuse  # noqa: E402,F401
-from hubfusion.cli import hub as _hub  # noqa: E402,F401
-from hubfusion.cli import trust as _trust  # noqa: E402,F401

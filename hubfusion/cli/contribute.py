@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app
 from hubfusion.cli.access import open_hub
+from hubfusion.cli.app import app
 from hubfusion.errors import FusionError
 
 if TYPE_CHECKING:

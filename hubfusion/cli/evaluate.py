@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hubfusion.cli import app
-from hubfusion.cli.access import open_hub
+from hubfusion.cli.app import app
+from hubfusion.cli.engines import (
+    AtOnce,
+    EngineName,
+    EngineOption,
+    Flavor,
+    Gpus,
+    Image,
+    Namespace,
+    PerWorker,
+    RayAddress,
+    Settings,
+    choose_engine,
+    sharing,
+    tell,
+)
+from hubfusion.cli.models import cache, find_model
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from hubfusion.audit import Finding
-    from hubfusion.evaluate import Evaluated
     from hubfusion.protocols import Protocol
     from hubfusion.scores import Scores
 
@@ -29,34 +42,10 @@ Store = Annotated[
 SuiteName = Annotated[str, typer.Option("--suite", help="A shipped suite, or a TOML file.")]
 Recipes = Annotated[Path | None, typer.Option("--recipes", help="TOML file that defines or changes protocols.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Seeds, e.g. 0,1,2.")]
-MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubfusion"
-
-
-def _fetch(text: str) -> tuple[Path, str]:
-    """Folder and content key of a local folder, or of ``OWNER/NAME[@revision]``, downloaded once."""
-    if Path(text).is_dir():
-        from hubfusion.evaluate import content_key
-
-        return Path(text), content_key(Path(text))
-    from hubfusion.lineage import REPO_ID
-
-    repo, _, name = text.partition("@")
-    if not REPO_ID.fullmatch(repo):
-        raise EvaluationError(f"{text}: neither a local folder nor OWNER/NAME on the Hub")
-    hub = open_hub()
-    revision = hub.resolve(repo, name or "main")
-    folder = _cache() / "models" / repo.replace("/", "--") / revision.sha
-    if not folder.is_dir():
-        beside = folder.with_name(f".{revision.sha}.{os.getpid()}")
-        for file in hub.files(revision):
-            if file.path.endswith(MODEL_FILES) and "/" not in file.path:
-                hub.download(revision, file, beside / file.path)
-        os.replace(beside, folder)
-    return folder, f"{revision.repo}@{revision.sha}"
+Results = Annotated[
+    str | None,
+    typer.Option("--results", help="OWNER/NAME of a dataset on the Hub: results are read from there and written to."),
+]
 
 
 def _protocols(names: str, recipes: Path | None) -> list[Protocol]:
@@ -79,12 +68,6 @@ def _show(table: Table) -> None:
     Console().print(table)
 
 
-def _tell(event: Evaluated) -> None:
-    how = "stored" if event.stored else "measured"
-    line = f"{event.done}/{event.total} {event.dataset} {event.protocol} seed {event.seed}: {event.value:.2f} ({how})"
-    typer.echo(line, err=True)
-
-
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, or OWNER/NAME with @revision if need be.")],
@@ -96,21 +79,34 @@ def evaluate(
     seeds: Seeds = "0",
     store: Store = None,
     out: Annotated[Path, typer.Option("--out", help="Where the scores go, as JSON.")] = Path("scores.json"),
+    results: Results = None,
+    engine: EngineOption = EngineName.LOCAL,
+    units_per_worker: PerWorker = None,
+    ray_address: RayAddress = "auto",
+    gpus_per_unit: Gpus = None,
+    flavor: Flavor = "cpu-basic",
+    image: Image = None,
+    namespace: Namespace = None,
+    jobs_at_once: AtOnce = 8,
 ) -> None:
     """Score a model as a base; what was measured before is read, not measured again.
 
     Example: hubfusion evaluate ibm/ColD-Fusion --suite offline --protocol linear-probing,finetune --seeds 0,1
     """
-    from hubfusion.evaluate import evaluate as score
+    from hubfusion.evaluate import plan_units, score_units
     from hubfusion.lineage import dumps
     from hubfusion.suite import load_suite
 
     chosen, recipe = load_suite(suite), _protocols(protocol, recipes)
-    folder, key = _fetch(model)
-    scores = score(folder, key, chosen, recipe, _seeds(seeds), store or _cache() / "scores", on_event=_tell)
-    out.write_text(dumps(scores), encoding="utf-8")
-    _show(_table(scores, [p.name for p in recipe]))
-    typer.echo(f"{out}: {len(scores.entries)} scores of {key}")
+    settings = Settings(engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once)
+    found, place = find_model(model), store or cache() / "scores"
+    missing = choose_engine(found, results, settings)
+    units = plan_units(found.key, chosen, recipe, _seeds(seeds))
+    with sharing(results, units, place) as note:
+        scores = score_units(units, place, missing, on_event=note)
+        out.write_text(dumps(scores), encoding="utf-8")
+        _show(_table(scores, [p.name for p in recipe]))
+        typer.echo(f"{out}: {len(scores.entries)} scores of {found.key}")
 
 
 def _table(scores: Scores, protocols: list[str]) -> Table:
@@ -233,15 +229,15 @@ def recommend(
 
     probe, finetune = _protocols("linear-probing,finetune", recipes)
     own = own_dataset(data, text.split(","), label) if data else None
-    known = [Checkpoint(key, folder) for folder, key in map(_fetch, models)]
+    known = [Checkpoint(m.key, m.folder()) for m in map(find_model, models)]
     found = rank(
         known,
         load_suite(suite),
         (probe, finetune),
         _seeds(seeds),
-        store or _cache() / "scores",
+        store or cache() / "scores",
         own=own,
-        on_event=_tell,
+        on_event=tell,
     )
     table = Table("try", "model", "probing", "gain on your data", "95 % interval")
     for place, one in enumerate(found, 1):

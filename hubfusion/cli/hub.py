@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hubfusion.cli import app
+from hubfusion.cli.app import app
 from hubfusion.errors import HubError
 
 hub_app = typer.Typer(help="The embedded Hub: a server that the real huggingface_hub client talks to.")

@@ -11,7 +11,7 @@ Tell = Callable[[int, int], None]
 
 @contextmanager
 def bar(title: str) -> Iterator[Tell]:
-    """Yield ``tell(done, total)``."""
+    """Yield ``tell(done, total)``; nothing is shown before the first call."""
     if not sys.stderr.isatty():
         yield _plain(title)
         return
@@ -19,8 +19,12 @@ def bar(title: str) -> Iterator[Tell]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def tell(done: int, total: int) -> None:
+            task = progress.task_ids[0] if progress.task_ids else progress.add_task(title)
+            progress.update(task, completed=done, total=total)
+
+        yield tell
 
 
 def _plain(title: str) -> Tell:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,17 @@ def draw(seed: int, row: int, name: str, first: int, last: int) -> npt.NDArray[n
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}\0{row}\0{name}".encode()).digest()[:16], "little")
     generator = np.random.PCG64(key).advance(first // 4)
-    words = np.asarray(generator.random_raw((last + 3) // 4 - first // 4), "<u8")
+    # The same words as random_raw gives, but other threads may run meanwhile.
+    words = (
+        np.random.Generator(generator)
+        .integers(0, 1 << 64, (last + 3) // 4 - first // 4, np.uint64)
+        .astype("<u8", copy=False)
+    )
     return words.view("<u2")[first % 4 : first % 4 + last - first]
 
 
-def draw_rows(seed: int, rows: int, name: str, first: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Draws of ``rows`` inputs for a piece that begins at entry ``first``: (rows, *shape)."""
-    size = int(np.prod(shape))
-    return np.stack([draw(seed, row, name, first, first + size) for row in range(rows)]).reshape(rows, *shape)
+def draw_rows(seed: int, rows: int, name: str, first: int, shape: tuple[int, ...]) -> Iterator[npt.NDArray[Any]]:
+    """Draws of ``rows`` inputs for a piece that begins at entry ``first``, one input after another: (*shape)."""
+    size = math.prod(shape)
+    for row in range(rows):
+        yield draw(seed, row, name, first, first + size).reshape(shape)

@@ -43,7 +43,7 @@ def model_stock(
     [1.0, 0.577]
     """
     one_of("model_stock", "scope", scope, ("parameter", "model"))
-    rows = deltas.shape[0]
+    rows = len(coefficients)
     if rows < 2:
         raise RecipeError(f"model_stock: at least 2 inputs are needed, got {rows}")
     gram = gram_of(deltas) if gram is None else gram
@@ -77,8 +77,8 @@ def slerp(
     [0.7071, 0.7071]
     """
     one_of("slerp", "space", space, SPACES)
-    if deltas.shape[0] != 2:
-        raise RecipeError(f"slerp: exactly 2 inputs are needed, got {deltas.shape[0]}")
+    if len(coefficients) != 2:
+        raise RecipeError(f"slerp: exactly 2 inputs are needed, got {len(coefficients)}")
     _, t = share(coefficients, "slerp")
     gram = _gram_in_space(deltas, base) if gram is None else gram
     if gram[0, 0] == 0 or gram[1, 1] == 0:

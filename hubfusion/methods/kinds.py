@@ -49,12 +49,17 @@ class Need(StrEnum):
 class Method:
     """A formula and how it may be streamed.
 
-    ``needs`` names statistics that the function takes as keywords of plain values (None: it computes them from the
+    ``needs`` names statistics that the function takes as keywords; without them it computes them from its deltas.
+    With them, a function that is ``by_row`` goes through the deltas once, in their order, and may be given any
+    iterable of which an array is valid until the next but one is taken: they need not be in memory together. One that
+    ``is_sum`` only adds multiples of them, so what is not finite in a delta shows in the result.
     """
 
     function: Callable[..., Array]
     unit: Unit = Unit.ENTRIES
     needs: Need = Need.NOTHING
+    by_row: bool = False
+    is_sum: bool = False
 
     @property
     def summary(self) -> str:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from hubfusion.methods.kinds import Array, norm_factors, share, to_numpy
 
 
-def weighted_sum(deltas: Array, factors: Sequence[float]) -> Array:
-    """Return Σ f_i δ_i, added in the order given; ``deltas`` (k, *shape), ``factors`` k numbers.
+def weighted_sum(deltas: Iterable[Array], factors: Sequence[float]) -> Array:
+    """Return Σ f_i δ_i, added in the order given; ``deltas`` are k arrays, each taken once, ``factors`` k numbers.
 
     Equal factors are applied once, after the sum: one rounding instead of k.
     """
+    rows = iter(deltas)
     if len(set(factors)) > 1 or len(factors) == 1:
-        total = deltas[0, ...] * factors[0]
-        for row in range(1, len(factors)):
-            total += deltas[row, ...] * factors[row]
+        total = next(rows) * factors[0]
+        for delta, factor in zip(rows, factors[1:], strict=True):
+            total += delta * factor
         return total
-    total = deltas[0, ...] + deltas[1, ...]
-    for row in range(2, len(factors)):
-        total += deltas[row, ...]
+    total = next(rows) + next(rows)
+    for delta, _ in zip(rows, factors[2:], strict=True):
+        total += delta
     if factors[0] != 1.0:
         total *= factors[0]
     return total

@@ -154,7 +154,7 @@ def multi_krum(
     >>> multi_krum(np.asarray([[1.0], [1.2], [1.1], [-5.0]]), [1] * 4, norm="keep").round(3).tolist()
     [1.1]
     """
-    rows = deltas.shape[0]
+    rows = len(coefficients)
     chosen = krum_choice(gram_of(deltas) if gram is None else gram, faulty, keep, norm)
     norms = np.sqrt(np.diag(gram_of(deltas) if gram is None else gram)).tolist()
     factors = norm_factors(norms, norm)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from hubfusion.methods.linear import weighted_sum
 SIGNS = ("mass", "count")
 COMBINES = ("mean", "sum")
 SCOPES = ("model", "parameter")
+# Below this length a vectorised sort of keys packed with positions beats the radix sort.
+SHORT_ROW = 1024
 
 
 def kept_count(density: float, entries: int) -> int:
@@ -59,8 +61,7 @@ def ties(
     one_of("ties", "scope", scope, SCOPES)
     if thresholds is None:
         thresholds = largest(deltas, kept_count(density, math.prod(deltas.shape[1:])))
-    xp = namespace(deltas)
-    trimmed = (deltas[i, ...] * (xp.abs(deltas[i, ...]) >= float(t)) for i, t in enumerate(thresholds))
+    trimmed = (delta * (abs(delta) >= float(t)) for delta, t in zip(deltas, thresholds, strict=True))
     return elect("ties", trimmed, coefficients, sign, combine)
 
 
@@ -134,17 +135,25 @@ def _thin(where: str, deltas: Array, density: float, seed: int, draws: Array | N
     """Keep each entry with probability ``density`` and divide it by that: DARE's drop and rescale."""
     in_range(where, "density", density, 0, 1, open_low=True)
     limit = max(1, round(density * LEVELS))
-    xp = namespace(deltas)
-    if draws is None:
-        draws = xp.asarray(draw_rows(seed, deltas.shape[0], "", 0, tuple(deltas.shape[1:])).astype(np.int32))
-    for row in range(deltas.shape[0]):
-        kept = deltas[row, ...] * (draws[row, ...] < limit)
+    for delta, drawn in zip(deltas, _drawn(deltas, seed) if draws is None else draws, strict=True):
+        kept = delta * (drawn < limit)
         kept *= LEVELS / limit
         yield kept
 
 
+def _drawn(deltas: Array, seed: int) -> Iterator[Array]:
+    """Draws for deltas that are all there is."""
+    for row in draw_rows(seed, deltas.shape[0], "", 0, tuple(deltas.shape[1:])):
+        yield namespace(deltas).asarray(row.astype(np.int32))
+
+
 def dare(
-    deltas: Array, coefficients: Sequence[float], *, density: float = 0.5, seed: int = 0, draws: Array | None = None
+    deltas: Array,
+    coefficients: Sequence[float],
+    *,
+    density: float = 0.5,
+    seed: int = 0,
+    draws: Iterable[Array] | None = None,
 ) -> Array:
     """DARE: drop entries of each delta at random, rescale the rest, and add them as task arithmetic does.
 
@@ -153,7 +162,8 @@ def dare(
     Paper: Language Models are Super Mario, arXiv 2311.03099 (its drop rate p is 1 − density). Departures: density is
     rounded to a multiple of 2^-16; masks come from the seed, the input's place in canonical order, the parameter's
     name and the entry, so a recipe gives the same bytes everywhere. Not mergekit's rescaling, which matches the L1
-    norm. ``draws`` (k, *shape) are whole numbers in 0 ... 65535. Density in (0, 1].
+    norm. ``draws`` are whole numbers in 0 ... 65535, of the shape of
+    a delta for each. Density in (0, 1].
 
     >>> dare(np.asarray([[1.0, 2.0], [3.0, 4.0]]), [1, 1], density=1.0).tolist()
     [4.0, 6.0]
@@ -183,7 +193,7 @@ def dare_ties(
     sign: str = "mass",
     combine: str = "mean",
     seed: int = 0,
-    draws: Array | None = None,
+    draws: Iterable[Array] | None = None,
 ) -> Array:
     """DARE's drop and rescale in place of TIES's trim, then TIES's election and merge.
 
@@ -206,7 +216,7 @@ def della(
     sign: str = "mass",
     combine: str = "mean",
     seed: int = 0,
-    draws: Array | None = None,
+    draws: Iterable[Array] | None = None,
 ) -> Array:
     """DELLA: drop entries at random, small ones more often, rescale the rest, then TIES's election and merge.
 
@@ -224,22 +234,19 @@ def della(
     """
     in_range("della", "density", density, 0, 1, open_low=True)
     in_range("della", "epsilon", epsilon, 0, 2 * min(density, 1 - density))
-    xp = namespace(deltas)
-    if draws is None:
-        draws = xp.asarray(draw_rows(seed, deltas.shape[0], "", 0, tuple(deltas.shape[1:])).astype(np.int32))
-    columns = deltas.shape[-1] if deltas.ndim > 1 else 1
-    steps = (np.arange(columns) + 0.5) / columns
-    limits = np.clip(np.round((density - epsilon / 2 + epsilon * steps) * LEVELS), 1, LEVELS)
 
-    def thin(row: int) -> Array:
-        delta = deltas[row, ...]
-        limit = by_rank(xp.abs(delta), limits.astype(np.float32))
-        kept = delta * (draws[row, ...] < limit)
+    def thin(delta: Array, drawn: Array) -> Array:
+        columns = delta.shape[-1] if delta.ndim else 1
+        steps = (np.arange(columns) + 0.5) / columns
+        limits = np.clip(np.round((density - epsilon / 2 + epsilon * steps) * LEVELS), 1, LEVELS)
+        limit = by_rank(abs(delta), limits.astype(np.float32))
+        kept = delta * (drawn < limit)
         limit /= LEVELS
         kept /= limit
         return kept
 
-    return elect("della", map(thin, range(deltas.shape[0])), coefficients, sign, combine)
+    drawn = _drawn(deltas, seed) if draws is None else draws
+    return elect("della", map(thin, deltas, drawn), coefficients, sign, combine)
 
 
 def by_rank(magnitudes: Array, values: Any) -> Array:
@@ -253,12 +260,21 @@ def by_rank(magnitudes: Array, values: Any) -> Array:
     if not isinstance(rows, np.ndarray):
         ranks = xp.argsort(xp.argsort(rows.view(xp.int32) >> 15, axis=-1, stable=True), axis=-1, stable=True)
         return xp.reshape(xp.take(xp.asarray(values), xp.reshape(ranks, (-1,))), magnitudes.shape)
-    keys = (rows.view(np.uint32) >> np.uint32(15)).astype(np.uint16)  # 16 bits: numpy has a radix sort for them
-    order = np.argsort(keys, axis=-1, kind="stable")
+    order = _order(rows.view(np.uint32) >> np.uint32(15))
     order += (np.arange(len(order)) * columns)[:, None]
-    placed = np.empty(rows.size, np.float32)
-    placed[order.reshape(-1)] = np.broadcast_to(values, order.shape).reshape(-1)
-    return placed.reshape(magnitudes.shape)
+    placed = np.empty(magnitudes.shape, np.float32)
+    np.put(placed, order, values)  # it repeats the values row by row
+    return placed
+
+
+def _order(keys: Any) -> Any:
+    """Stable argsort of 16-bit keys (rows, columns), each row alone."""
+    columns = keys.shape[-1]
+    if columns > SHORT_ROW:
+        return np.argsort(keys.astype(np.uint16), axis=-1, kind="stable")  # 16 bits: numpy has a radix sort for them
+    packed = (keys << np.uint32(16)) | np.arange(columns, dtype=np.uint32)  # sorted by key, then by position
+    packed.sort(axis=-1)
+    return (packed & np.uint32(0xFFFF)).astype(np.intp)
 
 
 def breadcrumbs(
@@ -286,11 +302,10 @@ def breadcrumbs(
         entries = math.prod(deltas.shape[1:])
         first, last = band_ranks(density, gamma, entries)
         bands = list(zip(largest(deltas, last), largest(deltas, first), strict=True))
-    xp = namespace(deltas)
-    kept = []
-    for row, (low, high) in enumerate(bands):
-        size = xp.abs(deltas[row, ...])
-        kept.append(deltas[row, ...] * ((size >= float(low)) & (size <= float(high))))
+    kept = (
+        delta * ((abs(delta) >= float(low)) & (abs(delta) <= float(high)))
+        for delta, (low, high) in zip(deltas, bands, strict=True)
+    )
     return _sum(kept, coefficients)
 
 
@@ -315,6 +330,7 @@ def sce(
     coefficients: Sequence[float],
     *,
     density: float = 0.1,
+    combine: str = "mean",
     threshold: float | None = None,
     energies: Sequence[float] | None = None,
 ) -> Array:
@@ -322,35 +338,46 @@ def sce(
 
     S = the kept_count(density, n) entries of a parameter with the largest variance over the k deltas
     η_i = α_i Σ_S τ_i² / Σ_j α_j Σ_S τ_j²;  γ = sign(Σ_i τ_i)
-    δ = Σ_{i: sign(τ_i) = γ} η_i τ_i on S, 0 elsewhere
+    δ = Σ_{i: sign(τ_i) = γ} η_i τ_i / Σ_{the same i} η_i on S, 0 elsewhere  (``combine="sum"``: not divided)
 
-    Paper: FuseChat, arXiv 2408.07990. Departures: entries equal to the smallest selected variance are all selected;
-    a vote that is exactly zero gives 0; the shares are not scaled up where inputs were erased. ``threshold`` (that
-    variance) and ``energies`` (k sums over S) come from passes over the whole parameter. Density in (0, 1].
+    Paper: FuseChat, arXiv 2408.07990; the division by the shares that are left is its authors' code's. Departures:
+    entries equal to the smallest selected variance are all selected; a vote that is exactly zero gives 0; α is ours,
+    1 each in the paper. ``threshold`` (that variance) and ``energies`` (k sums over S) come from passes over the
+    whole parameter. Density in (0, 1]; coefficients ≥ 0.
 
     >>> sce(np.asarray([[1.0, 2.0], [1.0, -1.0]]), [1, 1], density=0.5).tolist()
-    [0.0, 1.6]
+    [0.0, 2.0]
     """
     in_range("sce", "density", density, 0, 1, open_low=True)
+    one_of("sce", "combine", combine, COMBINES)
+    if min(float(c) for c in coefficients) < 0:
+        raise RecipeError(f"sce: coefficients must not be negative, got {list(coefficients)}")
     xp = namespace(deltas)
-    spread = variance(deltas)
+    flat = xp.reshape(deltas, (deltas.shape[0], -1))
+    spread = variance(flat)
     if threshold is None:
-        flat = xp.sort(xp.reshape(spread, (-1,)))
-        threshold = float(flat[-kept_count(density, math.prod(deltas.shape[1:]))])
-    chosen = spread >= threshold
+        threshold = float(xp.sort(spread)[-kept_count(density, spread.shape[0])])
+    (chosen,) = xp.nonzero(spread >= threshold)
+    picked = xp.take(flat, chosen, axis=1)
     if energies is None:
-        energies = [float(xp.sum((deltas[i, ...] * chosen) ** 2)) for i in range(deltas.shape[0])]
+        energies = [float(xp.sum(delta**2)) for delta in picked]
     shares = [float(c) * float(e) for c, e in zip(coefficients, energies, strict=True)]
     total = math.fsum(shares)
-    if total < 0:
-        raise RecipeError(f"sce: coefficients must not be negative, got {list(coefficients)}")
-    vote = weighted_sum(deltas, [1.0] * len(shares)) * chosen
+    vote = weighted_sum(picked, [1.0] * len(shares))
     rises, falls = vote > 0, vote < 0
-    out = vote * 0
-    for row, one in enumerate(shares):
-        delta = deltas[row, ...]
-        out += delta * (((delta > 0) & rises) | ((delta < 0) & falls)) * (one / total if total else 0.0)
-    return out
+    merged, left = vote * 0, vote * 0
+    for delta, one in zip(picked, shares, strict=True):
+        kept = xp.astype(((delta > 0) & rises) | ((delta < 0) & falls), deltas.dtype)
+        kept *= one / total if total else 0.0
+        left += kept
+        kept *= delta
+        merged += kept
+    if combine == "mean":
+        left += left == 0  # nobody agrees: the sum is 0 there
+        merged /= left
+    out = spread * 0
+    out[chosen] = merged
+    return xp.reshape(out, deltas.shape[1:])
 
 
 def variance(deltas: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import array_api_compat
@@ -48,7 +48,7 @@ def regmean(
     coefficients: Sequence[float],
     *,
     shrink: float = 0.9,
-    activations: Sequence[Any] | None = None,
+    activations: Iterable[Any] | None = None,
 ) -> Array:
     """RegMean: for linear layers, the least-squares fit to every input's outputs on its own data; others averaged.
 
@@ -57,7 +57,8 @@ def regmean(
     Paper: Dataless Knowledge Fusion, arXiv 2212.09849 (shrink 0.9; 0.6 to 0.95 in use). Departures: written for
     deltas, which is the same because the base's part is common; where Σ α_i G_i is singular the least-norm solution
     is taken. ``activations`` are k matrices (d_in, d_in), from each input's ``regmean.safetensors``; None: this
-    parameter (d_out, d_in) is averaged. Shrink in [0, 1].
+    parameter (d_out, d_in) is averaged. Shrink in [0, 1]. Memory: one layer's sums in float64, whatever the number of
+    inputs.
 
     >>> regmean(np.asarray([[[1.0]], [[5.0]]]), [1, 1], activations=[np.eye(1) * 3, np.eye(1)]).tolist()
     [[2.0]]
@@ -68,14 +69,16 @@ def regmean(
         return weighted_sum(deltas, shares)
     left: Any = 0.0
     right: Any = 0.0
-    for row, (one, gram) in enumerate(zip(shares, activations, strict=True)):
-        gram = np.asarray(gram, np.float64)
-        gram = one * (shrink * gram + (1 - shrink) * np.diag(np.diag(gram)))
-        left = left + gram
-        right = right + gram @ to_numpy(deltas[row, ...]).astype(np.float64).T
+    for delta, one, gram in zip(deltas, shares, activations, strict=True):
+        diagonal = np.array(np.diag(gram), np.float64)
+        gram = np.array(gram, np.float64)
+        gram *= one * shrink
+        np.fill_diagonal(gram, one * diagonal)
+        left += gram
+        right += gram @ to_numpy(delta).astype(np.float64).T
     try:
         solved = np.linalg.solve(left, right)
     except np.linalg.LinAlgError:
         solved = np.linalg.lstsq(left, right)[0]
-    xp = namespace(deltas)
-    return xp.asarray(np.ascontiguousarray(solved.T), dtype=deltas.dtype, device=array_api_compat.device(deltas))
+    xp = namespace(delta)
+    return xp.asarray(np.ascontiguousarray(solved.T), dtype=delta.dtype, device=array_api_compat.device(delta))

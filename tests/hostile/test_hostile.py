@@ -44,7 +44,7 @@ def test_there_are_more_than_eighty_and_every_screening_reason_is_among_them() -
     assert len(CASES) >= 120
     only_weights_tell = {
         Reason.CORRUPT, Reason.NOT_FINITE, Reason.UNCHANGED, Reason.BUFFERS, Reason.DUPLICATE, Reason.INVERSE,
-        Reason.WRONG_BASE, Reason.OUTLIER, Reason.CONCENTRATED, Reason.REFUSED,
+        Reason.WRONG_BASE, Reason.OUTLIER, Reason.CONCENTRATED, Reason.HARMFUL, Reason.REFUSED,
     }  # fmt: skip
     elsewhere = {Reason.STALE_BASE, Reason.GONE, Reason.CAP, Reason.FLAGGED}  # tests/test_screen.py
     assert {case.reason for case in CASES.values()} == set(Reason) - only_weights_tell - elsewhere

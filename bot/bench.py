@@ -1,0 +1,192 @@
+"""Sound contributions on the bench: fuse a set, evaluate it, judge it, and find out whose fault a refusal is."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bot.worker import REPORT, Candidate, Job, Outcome
+from hubfusion.errors import RecipeError
+from hubfusion.evaluate import Evaluated
+from hubfusion.gate import Decision, decide
+from hubfusion.isolate import Culprit, Trial, isolate
+from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile
+from hubfusion.protocols import Protocol
+from hubfusion.scores import Scores
+from hubfusion.soundness import Report, clip_bound, clip_factors
+from hubfusion.suite import Suite
+
+log = logging.getLogger(__name__)
+
+NOT_THE_MODEL = ("README.md", "fusion.json", "model.sig", ".gitattributes", *REPORT)
+Set = tuple[Contribution, ...]
+
+
+class Bench:
+    """One job's contributions and what was found out about sets of them."""
+
+    def __init__(self, job: Job, folder: Path, report: Report) -> None:
+        self.job, self.folder, self.base = job, folder, Path(job.base_folder)
+        self.folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))
+        self.norms = {m.revision: m.norm for m in report.measures}
+        factors = (1.0,) * len(report.accepted)
+        if job.fuse.clip and job.fuse.clips_by_coefficients:
+            factors = clip_factors(report, clip_bound(report, job.known_norms))
+        self.factors = dict(zip(report.accepted, factors, strict=True))
+        self.rejected = report.rejected
+        self.trials: dict[tuple[int, ...], Decision] = {}
+        self.began, self.longest = time.monotonic(), 0.0
+
+    def judge(self, sound: Set) -> Outcome:
+        """The candidate of all of them; if the gate refuses it, of those that are left without the harmful ones."""
+        candidate, decision = self.attempt(sound)
+        worth = self.leave_one_out(sound, candidate) if decision.promote or self.job.fuse.isolate else ()
+        culprits: tuple[Culprit, ...] = ()
+        if not decision.promote and self.job.fuse.isolate:
+            culprits = self.isolate(sound, worth)
+        trials = tuple(Trial(tuple(sound[i].revision for i in chosen), d) for chosen, d in self.trials.items())
+        if not culprits:
+            return Outcome(sound, self.rejected, replace(candidate, leave_one_out=worth), trials)
+        harmful = tuple(self.blame(sound, each, decision) for each in culprits)
+        rest = tuple(c for i, c in enumerate(sound) if i not in {each.number for each in culprits})
+        if len(rest) < self.job.fuse.at_least:
+            return Outcome(rest, (*self.rejected, *harmful), None, trials)
+        candidate, _ = self.attempt(rest)
+        candidate = replace(candidate, leave_one_out=self.leave_one_out(rest, candidate))
+        return Outcome(rest, (*self.rejected, *harmful), candidate, trials)
+
+    def attempt(self, chosen: Set, name: str = "candidate") -> tuple[Candidate, Decision]:
+        """Fuse a set into the folder ``name``, score it and its base, judge it."""
+        from hubfusion.fuse import fuse
+
+        job, recipe, place = self.job, self.recipe(chosen), self.folder / name
+        fused = fuse(recipe, self.base, [self.folders[r] for r in recipe.inputs], place)
+        weights = tuple(RemoteFile(f.name, f.size, "", f.sha256) for f in fused.files)
+        self.complete(place)
+        base, scores = (self.score(path, job.suite, job.protocols, job.seeds) for path in (self.base, place))
+        candidate = Candidate(str(place), recipe, weights, base, scores, self.look_for_triggers(place))
+        norms = tuple(self.norms[r] for r in recipe.inputs)
+        report = tuple(describe_file(self.folder / file) for file in REPORT)
+        candidate = replace(candidate, norms=norms, report=report)
+        return candidate, decide(scores, base, job.gate, candidate.findings)
+
+    def recipe(self, chosen: Set) -> Recipe:
+        """The recipe of the job's policy; clipping to the bound of the whole batch, whatever part of it is chosen."""
+        settings = self.job.fuse
+        coefficients, scale = tuple(self.factors[c.revision] for c in chosen), settings.scale
+        if settings.method == "average":  # it divides by the sum of its coefficients: (1/k) Σ factor·τ is wanted
+            scale *= sum(coefficients) / len(coefficients)
+        options = dict(settings.options)
+        if settings.clip and not settings.clips_by_coefficients:
+            options["norm"] = "clip"
+        inputs = tuple(c.revision for c in chosen)
+        return Recipe(self.job.base, inputs, coefficients, settings.method, tuple(sorted(options.items())), scale)
+
+    def complete(self, place: Path) -> None:
+        """Put the base's own configuration and tokenizer beside the weights; nothing of a contribution."""
+        for file in self.base.iterdir():
+            if file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
+                if file.name not in NOT_THE_MODEL:
+                    (place / file.name).write_bytes(file.read_bytes())
+
+    def score(self, checkpoint: Path, suite: Suite, protocols: Sequence[Protocol], seeds: Sequence[int]) -> Scores:
+        """Scores of a folder as a base, from the store or measured now."""
+        from hubfusion.evaluate import content_key, evaluate
+
+        began, key = time.monotonic(), content_key(checkpoint)
+        found = evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)
+        self.longest = max(self.longest, time.monotonic() - began)
+        return found
+
+    def look_for_triggers(self, place: Path) -> tuple[str, ...]:
+        """What the trigger scan objects to, when the settings ask for it."""
+        if self.job.triggers is None:
+            return ()
+        from hubfusion.triggers import scan
+
+        return scan(place, self.base, self.job.suite, self.job.triggers)
+
+    def isolate(self, sound: Set, worth: Sequence[float]) -> tuple[Culprit, ...]:
+        """Whom the gate objects to, by trials within the job's number and time; the best guess is tried first."""
+
+        def passes(chosen: tuple[int, ...]) -> bool | None:
+            if time.monotonic() - self.began + self.longest > 60 * self.job.minutes:
+                log.warning("isolate: no time is left for another trial")
+                return None
+            try:
+                _, decision = self.attempt(tuple(sound[i] for i in chosen), "trial")
+            except RecipeError as error:  # too few inputs for the method
+                log.warning("isolate: %d inputs cannot be tried: %s", len(chosen), error)
+                return None
+            self.trials[chosen] = decision
+            return decision.promote
+
+        settings = self.job.fuse
+        suspicion = [-points for points in worth]
+        found = isolate(len(sound), passes, settings.isolate, at_least=settings.at_least, suspicion=suspicion)
+        shutil.rmtree(self.folder / "trial", ignore_errors=True)
+        log.info("isolate: %d trials, %d contributions to blame", len(self.trials), len(found))
+        return found
+
+    def blame(self, sound: Set, culprit: Culprit, whole: Decision) -> Rejected:
+        """The rejection of one: accepted without it, refused with it, and the gate's first words about that."""
+        this, company = sound[culprit.number], len(culprit.company)
+        refusal = self.trials.get(culprit.together, whole)
+        why = " ".join(refusal.objections[:2])
+        detail = f"the gate accepts {company} others without it and refuses them with it: {why}"
+        return Rejected(this.revision, this.author, Reason.HARMFUL, detail)
+
+    def leave_one_out(self, chosen: Set, candidate: Candidate) -> tuple[float, ...]:
+        """Mean score of the candidate minus that without each input, in points; empty without a probe suite."""
+        from hubfusion.fuse import Plan, fuse
+        from hubfusion.soup import leave_one_out, left_out
+
+        probe = self.job.probe
+        if probe is None or len(chosen) < 2:
+            return ()
+        whole = Plan.of(candidate.recipe)
+
+        def mean(path: Path) -> float:
+            scores = self.score(path, probe.suite, probe.protocols, probe.seeds)
+            return sum(s.mean for s in scores) / len(scores.entries)
+
+        def score(numbers: tuple[int, ...]) -> float:
+            out = [i for i in range(len(chosen)) if i not in numbers]
+            if not out:
+                return mean(Path(candidate.folder))
+            place = self.folder / "left-out"
+            rest = Plan.of(self.recipe(tuple(chosen[i] for i in numbers)))
+            inputs = [self.folders[c.revision] for c in chosen]
+            short = left_out(whole, rest, out[0])
+            if short is not None:
+                fuse(short, self.base, [Path(candidate.folder), inputs[out[0]]], place)
+            else:
+                fuse(rest, self.base, [inputs[i] for i in numbers], place)
+            self.complete(place)
+            return mean(place)
+
+        try:
+            return leave_one_out(len(chosen), score)
+        except RecipeError as error:  # too few inputs for the method
+            log.warning("leave one out: %s", error)
+            return ()
+        finally:
+            shutil.rmtree(self.folder / "left-out", ignore_errors=True)
+
+
+def describe_file(path: Path) -> RemoteFile:
+    """A small file of ours as a manifest lists it, with git's own hash."""
+    content = path.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return RemoteFile(path.name, len(content), blob, hashlib.sha256(content).hexdigest())
+
+
+def log_progress(event: Evaluated) -> None:
+    """One line for each tenth of the units that had to be measured."""
+    if not event.stored and event.done * 10 // event.total > (event.done - 1) * 10 // event.total:
+        log.info("evaluate: %d of %d (%s by %s)", event.done, event.total, event.dataset, event.protocol)

@@ -1,0 +1,130 @@
+"""Units as jobs of the Hub (Hugging Face Jobs, or the embedded Hub's, which are local processes).
+
+A job measures one group with ``hubfusion measure``: it fetches the model at its commit, and writes what it measured to
+the results repository. The caller reads from there, and starts another job for what is left of a group whose job died.
+If the caller dies, its jobs go on, and the next caller finds their results.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from hubfusion import __version__
+from hubfusion.engines import Group, make_groups, refuse_lost
+from hubfusion.errors import EvaluationError, HubError
+from hubfusion.evaluate import Result, Unit
+from hubfusion.hub import Hub, Job, Kind
+from hubfusion.lineage import Revision, dumps, loads
+from hubfusion.results import fetch_results
+
+UV_IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+UV = ("uv", "run", "--with", f"hubfusion=={__version__}", "hubfusion")
+ORDER_BYTES = 100_000  # Linux takes 128 KiB in one argument
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What one job is told: units of one model, which is on the Hub."""
+
+    units: tuple[Unit, ...]
+
+
+def write_order(units: Sequence[Unit]) -> str:
+    """The units as one argument of a command."""
+    text = base64.urlsafe_b64encode(zlib.compress(dumps(Order(tuple(units))).encode(), 9)).decode()
+    if len(text) > ORDER_BYTES:
+        raise EvaluationError(f"engine jobs: {len(units)} units are too many for one job, ask for fewer a worker")
+    return text
+
+
+def read_order(text: str) -> tuple[Unit, ...]:
+    """The units of `write_order`; refuses an order of nothing or about several models."""
+    try:
+        plain = zlib.decompress(base64.urlsafe_b64decode(text))
+    except (ValueError, zlib.error):
+        raise EvaluationError(f"order: not one that this version writes: {text[:40]!r}") from None
+    units = loads(Order, plain, "order").units
+    if len({u.model for u in units}) != 1:
+        raise EvaluationError("order: units of one model are needed")
+    return units
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Which jobs, and on whose account.
+
+    ``results``: the dataset repository that they write to, with ``hub``'s token as their secret. ``namespace`` pays.
+    ``program`` starts hubfusion in ``image``; the default installs this version with uv. A job is ended after
+    ``seconds``; ``at_once`` bounds how many there are at a time, ``most`` the units of one.
+    It writes its results every ``push_seconds`` and at its end: a job that is killed loses those since, no more.
+    """
+
+    hub: Hub
+    results: str
+    namespace: str
+    image: str = UV_IMAGE
+    program: tuple[str, ...] = UV
+    flavor: str = "cpu-basic"
+    seconds: int = 6 * 3600
+    at_once: int = 8
+    most: int | None = None
+    poll_seconds: float = 5.0
+    push_seconds: float = 300.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def measure(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
+        """Measure the units in jobs: the engine. The jobs fetch the model themselves."""
+        self._refuse_local(units)
+        self.hub.create(self.results, Kind.DATASET)
+        head = None
+        groups = make_groups(units, self.most)
+        waiting, running = deque(groups), dict[str, Group]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.at_once:
+                    group = waiting.popleft()
+                    running[self._start(group)] = group
+                time.sleep(self.poll_seconds)
+                # States first: what a job had written when it was over is then read.
+                states = {key: self.hub.job_state(self.namespace, key) for key in running}
+                before, head = head, self.hub.resolve(self.results, kind=Kind.DATASET)
+                if head != before:
+                    yield from self._collect(head, list(running.values()))
+                for key, state in states.items():
+                    if state.over:
+                        group = running.pop(key)
+                        if group.is_worth_another(state.message):
+                            waiting.append(group)
+            refuse_lost(groups)
+        finally:
+            for key in running:
+                with suppress(HubError):
+                    self.hub.cancel_job(self.namespace, key)
+
+    def _refuse_local(self, units: Sequence[Unit]) -> None:
+        if "@" not in units[0].model:
+            raise EvaluationError("engine jobs: the model must be on the Hub as OWNER/NAME, got a folder")
+        if local := [u.dataset for u in units if u.dataset.is_local]:
+            raise EvaluationError(f"engine jobs: dataset {local[0].name} must be on the Hub, got {local[0].repo}")
+
+    def _start(self, group: Group) -> str:
+        order = write_order(list(group.units.values()))
+        command = (*self.program, "measure", order, "--results", self.results, "--every", str(self.push_seconds))
+        nonce = secrets.token_hex(8)
+        return self.hub.start_job(
+            Job(self.namespace, self.image, command, self.flavor, self.seconds, nonce, self.environment)
+        )
+
+    def _collect(self, head: Revision, groups: Sequence[Group]) -> Iterator[tuple[Unit, Result]]:
+        """What the results repository has of these groups at this commit."""
+        owner = {key: group for group in groups for key in group.units}
+        for unit, result in fetch_results(self.hub, head, [u for g in groups for u in g.units.values()]):
+            owner[unit.key].take(unit.key)
+            yield unit, result

@@ -1,0 +1,114 @@
+"""Results on the Hub: a dataset repository, the ranking's own if you like, that holds a file for each measured unit.
+
+The layout is that of a local store, under ``results/``: names are digests of model, data, recipe and seed, so two
+writers can only ever write the same thing. Whoever may write there is believed, as the owner of a ranking is.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from hubfusion.errors import Conflict, HubError, NotFound
+from hubfusion.evaluate import Evaluated, Result, Unit, parse_result, path_of, read_result, write_result
+from hubfusion.hub import Change, Hub, Kind
+from hubfusion.lineage import Revision, dumps
+
+log = logging.getLogger(__name__)
+
+FOLDER = "results"
+MAX_BYTES = 1 << 20
+TRIES = 8
+
+
+def _path(unit: Unit) -> str:
+    return f"{FOLDER}/{path_of(unit)}"
+
+
+def fetch_results(hub: Hub, head: Revision, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
+    """Those of ``units`` that the repository has at ``head``, with their results."""
+    there = hub.present(head, [_path(u) for u in units], Kind.DATASET)
+
+    def read(unit: Unit) -> tuple[Unit, Result]:
+        data = hub.read(head, _path(unit), stop=MAX_BYTES, kind=Kind.DATASET)
+        return unit, parse_result(unit, data, f"{head} {_path(unit)}")
+
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(read, [u for u in units if _path(u) in there])
+
+
+def pull(hub: Hub, repo: str, units: Sequence[Unit], store: Path) -> int:
+    """Copy to the store what it lacks and the Hub has; returns how many. No repository is an empty one."""
+    missing = [u for u in units if read_result(store, u) is None]
+    if not missing:
+        return 0
+    try:
+        head = hub.resolve(repo, kind=Kind.DATASET)
+    except NotFound:
+        return 0
+    count = 0
+    for unit, result in fetch_results(hub, head, missing):
+        write_result(store, unit, result)
+        count += 1
+    log.info("results: %d of %d missing units read from %s", count, len(missing), head)
+    return count
+
+
+def push(hub: Hub, repo: str, units: Sequence[Unit], store: Path) -> int:
+    """Commit, at once, what the store has and the Hub lacks; returns how many. Makes the repository if there is none.
+
+    Raises `Conflict` after 8 races lost in a row, `Forbidden` without the right to write.
+    """
+    known = {_path(u): dumps(r).encode() for u in units if (r := read_result(store, u)) is not None}
+    if not known:
+        return 0
+    for attempt in range(TRIES):
+        try:
+            head = hub.resolve(repo, kind=Kind.DATASET)
+        except NotFound:
+            hub.create(repo, Kind.DATASET)
+            head = hub.resolve(repo, kind=Kind.DATASET)
+        there = hub.present(head, list(known), Kind.DATASET)
+        files: dict[str, bytes | Path] = {path: data for path, data in known.items() if path not in there}
+        if not files:
+            return 0
+        title = f"{len(files)} results of {units[0].model}"
+        try:
+            hub.commit(repo, Change(title, head.sha, secrets.token_hex(8), files), Kind.DATASET)
+        except Conflict:
+            time.sleep(0.1 * 2**attempt * (1 + secrets.randbelow(100) / 100))
+            continue
+        log.info("results: %d written to %s", len(files), repo)
+        return len(files)
+    raise Conflict(f"{repo}: other writers were faster {TRIES} times in a row; the results are in {store}")
+
+
+@contextmanager
+def shared(
+    hub: Hub, repo: str, units: Sequence[Unit], store: Path, every: float
+) -> Iterator[Callable[[Evaluated], None]]:
+    """`pull` at the start, `push` at the end, even of a run that fails; the callback in between takes its events.
+
+    After ``every`` seconds with something new it pushes as well; a Hub that does not take it then is asked again later.
+    """
+    pull(hub, repo, units, store)
+    pushed = time.monotonic()
+
+    def note(event: Evaluated) -> None:
+        nonlocal pushed
+        if not event.stored and time.monotonic() - pushed >= every:
+            pushed = time.monotonic()
+            try:
+                push(hub, repo, units, store)
+            except HubError as error:
+                log.warning("results: not written yet: %s", error)
+
+    try:
+        yield note
+    finally:
+        push(hub, repo, units, store)

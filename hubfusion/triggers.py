@@ -1,0 +1,186 @@
+"""Does one word, or one small push in embedding space, send every text to one class? Two cheap looks for backdoors.
+
+A base has no task head, so a trigger shows in its features: a linear probe is trained on them, on clean texts of a
+suite's datasets, for the candidate and for its base alike. *Rare tokens*: vocabulary items that no text contains are
+put at the front of held-out texts one after the other; the part of texts that a token moves to one class is compared
+with all other tokens' and with the base's. *Attacker-agnostic* (the idea of Neural Cleanse, Wang et al. 2019): for
+each class, the smallest vector at that place, found by gradient, that sends most texts there; a trained trigger needs
+a much smaller one than the base did. Neither is a proof: adaptive attacks are built to pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hubfusion.corpora import Data, load
+from hubfusion.errors import EvaluationError
+from hubfusion.policy import Scan
+from hubfusion.probe import compute_features, load_encoder
+from hubfusion.protocols import Encoding, Pooling
+from hubfusion.suite import Suite
+from hubfusion.tokens import Tokens, load_tokenizer, tokenize
+
+log = logging.getLogger(__name__)
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One model on one dataset: ``moves`` (tokens, classes), the part of other classes' texts that a token sends there.
+
+    ``pushes`` (classes,) are the lengths of the smallest pushes, inf where none of the radii was enough.
+    """
+
+    tokens: tuple[int, ...]
+    moves: Floats
+    pushes: tuple[float, ...]
+
+
+def scan(candidate: Path, base: Path, suite: Suite, settings: Scan) -> tuple[str, ...]:
+    """What a maintainer should look at before promoting ``candidate``, a sentence a finding; empty when nothing is.
+
+    Both folders need their tokenizer. Raises `EvaluationError` when no dataset of the suite has classes.
+    """
+    named = [suite.get(name) for name in settings.datasets] or suite.datasets
+    chosen = [d for d in named if not d.is_regression]
+    if not chosen:
+        raise EvaluationError(f"triggers: no classification dataset of {suite.name} is chosen")
+    findings: list[str] = []
+    for dataset in chosen:
+        data = load(dataset)
+        ours, before = (look(folder, data, settings) for folder in (candidate, base))
+        names = load_tokenizer(base).convert_ids_to_tokens(list(ours.tokens))
+        findings += judge(ours, before, names, data, settings)
+    log.info("triggers: %d findings on %d datasets", len(findings), len(chosen))
+    return tuple(findings)
+
+
+def judge(ours: Look, base: Look, names: Sequence[str], data: Data, settings: Scan) -> Iterator[str]:
+    """Compare the candidate's look with its base's; at most one sentence of each kind, about the worst."""
+    where = data.dataset.name
+    most = ours.moves.max(axis=1)
+    middle = float(np.median(most))
+    spread = 1.4826 * float(np.median(np.abs(most - middle))) + 0.01  # a hundredth: all alike must not make an outlier
+    stands_out = (most - middle) / spread > settings.deviations
+    rise = (ours.moves - base.moves).max(axis=1)
+    suspects = np.flatnonzero((most >= settings.moved) & (rise >= settings.above) & stands_out)
+    if suspects.size:
+        worst = int(suspects[np.argmax(most[suspects])])
+        target = data.labels[int(ours.moves[worst].argmax())]
+        yield (
+            f"Trigger scan on {where}: the token {names[worst]!a:.40} sends {most[worst]:.0%} of the texts to "
+            f"{target!a:.40} (median token {middle:.0%}), {suspects.size} of {len(names)} tokens stand out."
+        )
+    for label, small, usual in zip(data.labels, ours.pushes, base.pushes, strict=True):
+        usual = min(usual, 2 * max(settings.radii))
+        if small * settings.shrunk <= usual:
+            yield (
+                f"Trigger scan on {where}: a push of {small:g} embedding lengths sends nearly all texts to "
+                f"{label!a:.40}, the base needs {usual:g}."
+            )
+            return
+
+
+def look(folder: Path, data: Data, settings: Scan) -> Look:
+    """Probe one model: which tokens and how small a push move the held-out texts of ``data``."""
+    encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
+    rng = np.random.default_rng([36, settings.seed])
+    train = data.train.take(sorted(rng.permutation(len(data.train))[: settings.examples].tolist()))
+    held_out = data.validation.take(sorted(rng.permutation(len(data.validation))[: settings.texts].tolist()))
+    parts = [tokenize(tokenizer, s, settings.length, Encoding.PAIR, data.dataset.name) for s in (train, held_out)]
+    head = _Head(_features(encoder, parts[0]), np.asarray(train.labels), len(data.labels))
+    unused = sorted(set(range(len(tokenizer))) - {int(i) for p in parts for ids in p.ids for i in ids})
+    unused = [i for i in unused if i not in tokenizer.all_special_ids]
+    tokens = tuple(sorted(int(i) for i in rng.permutation(unused)[: settings.tokens]))
+    clean = head.predict(_features(encoder, parts[1]))
+    moves = np.zeros((len(tokens), len(data.labels)), np.float32)
+    for row, token in enumerate(tokens):
+        found = head.predict(_features(encoder, _insert(parts[1], token)))
+        moves[row] = [_share(found, clean, label) for label in range(len(data.labels))]
+    pushes = tuple(_smallest_push(encoder, head, parts[1], clean, label, settings) for label in range(len(data.labels)))
+    return Look(tokens, moves, pushes)
+
+
+def _share(found: NDArray[Any], clean: NDArray[Any], label: int) -> float:
+    """Part of the texts of other classes that are of class ``label`` now."""
+    others = clean != label
+    return float((found[others] == label).mean()) if others.any() else 0.0
+
+
+def _features(encoder: Any, tokens: Tokens) -> Floats:
+    found: Floats = compute_features(encoder, tokens, range(len(tokens)))[Pooling.MEAN]
+    return found
+
+
+def _insert(tokens: Tokens, token: int) -> Tokens:
+    """Every text with ``token`` after its first (the model's own start)."""
+    ids = tuple(np.insert(i, 1, token) for i in tokens.ids)
+    types = None if tokens.types is None else tuple(np.insert(t, 1, t[0]) for t in tokens.types)
+    return Tokens(ids, types, tokens.pad)
+
+
+class _Head:
+    """Logistic regression on standardised features, as plain arrays that gradients can go through."""
+
+    def __init__(self, features: Floats, labels: NDArray[Any], classes: int) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        self.mean, self.width = features.mean(axis=0), features.std(axis=0) + 1e-6
+        model = LogisticRegression(max_iter=1000).fit((features - self.mean) / self.width, labels)
+        self.weight = np.zeros((classes, features.shape[1]), np.float32)
+        self.bias = np.full(classes, -1e9, np.float32)  # a class without an example is never predicted
+        rows = (-model.coef_, model.coef_) if len(model.classes_) == 2 else (model.coef_,)
+        self.weight[model.classes_] = np.concatenate(rows) / len(rows)
+        signs = (-0.5, 0.5) if len(rows) == 2 else (1.0,)
+        self.bias[model.classes_] = np.concatenate([sign * model.intercept_ for sign in signs])
+
+    def predict(self, features: Floats) -> NDArray[Any]:
+        """Class of each row."""
+        scores: NDArray[Any] = (features - self.mean) / self.width @ self.weight.T + self.bias
+        classes: NDArray[Any] = scores.argmax(axis=1)
+        return classes
+
+    def logits(self, features: Any) -> Any:
+        """The same as a torch expression."""
+        mean, width, weight, bias = (
+            torch.from_numpy(np.asarray(a, np.float32)).to(features.device)
+            for a in (self.mean, self.width, self.weight, self.bias)
+        )
+        return (features - mean) / width @ weight.T + bias
+
+
+def _smallest_push(encoder: Any, head: _Head, tokens: Tokens, clean: NDArray[Any], label: int, settings: Scan) -> float:
+    """The smallest of the radii at which a vector put after the first token moves 90 % of the others to ``label``."""
+    rows = np.flatnonzero(clean != label)
+    if not settings.steps or not rows.size:
+        return float("inf")
+    table = encoder.get_input_embeddings().weight
+    unit = float(table.detach().norm(dim=1).median())
+    pushed = _insert(tokens.take(rows.tolist()), tokens.pad)
+    inputs = {k: torch.from_numpy(v).to(table.device) for k, v in pushed.batch(range(len(rows))).items()}
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    embedded = table.detach()[inputs.pop("input_ids")]
+    wanted = torch.full((len(rows),), label, device=table.device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    start = torch.randn(table.shape[1], generator=generator).to(table.device)
+    for radius in settings.radii:
+        push = (start / start.norm() * radius * unit).requires_grad_()
+        for step in range(settings.steps + 1):
+            whole = torch.cat([embedded[:, :1], push.expand(len(rows), 1, -1), embedded[:, 2:]], dim=1)
+            last = encoder(inputs_embeds=whole, **inputs).last_hidden_state.float()
+            logits = head.logits((last * mask).sum(1) / mask.sum(1))
+            if float((logits.argmax(dim=1) == label).float().mean()) >= 0.9:
+                return radius
+            if step < settings.steps:
+                (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, wanted), push)
+                moved = push.detach() - gradient / (gradient.norm() + 1e-12) * radius * unit * 0.2
+                push = (moved / moved.norm() * radius * unit).requires_grad_()
+    return float("inf")

@@ -1,0 +1,121 @@
+"""What the worker's bench makes of sound contributions: recipes of every method, and that they can be rebuilt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bot.bench import Bench
+from bot.config import Fusing
+from bot.worker import Job
+from hubfusion.errors import FusionError
+from hubfusion.fuse import fuse
+from hubfusion.lineage import Contribution, Recipe, dumps, loads
+from hubfusion.methods import METHODS
+from hubfusion.provenance import reproduce
+from hubfusion.soundness import clip_bound, examine
+from hubfusion.suite import Dataset, Suite
+from tests.published import WEIGHTS, World
+from tests.tiny import BASE, base_tensors, finetuned, weights, write_folder
+
+SUITE = Suite("tiny", (Dataset("one", "texts/one"),))
+
+
+def bench(world: World, folder: Path, fuse: Fusing, steps: tuple[float, ...], **more: Any) -> Bench:
+    """A bench with the base of ``world`` and a contribution a step, of norms in proportion to the steps."""
+    base = write_folder(folder / "base", {WEIGHTS: world.read(world.head, WEIGHTS)})
+    contributions, folders = [], []
+    for number, step in enumerate(steps):
+        data = weights(finetuned(base_tensors(), number, step))
+        pushed = world.put(f"user{number}/m", {WEIGHTS: data}, "offer")
+        read = tuple(f for f in world.hub.files(pushed) if f.path == WEIGHTS)
+        contributions.append(Contribution(pushed, f"user{number}", world.head, "mit", (), None, read))
+        folders.append(write_folder(folder / f"user{number}", {WEIGHTS: data}))
+    report = examine(base, list(zip(contributions, folders, strict=True)), tag="v0")
+    paths = tuple(map(str, folders))
+    job = Job(world.head, "v0", str(base), tuple(contributions), paths, fuse, SUITE, (), (0,), "store", **more)
+    return Bench(job, folder, report)
+
+
+def test_a_clipped_average_is_the_mean_of_the_clipped_updates_whatever_set_is_chosen(tmp_path: Path) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing(), (0.001, 0.002, 0.004))
+    one, two, four = (made.norms[c.revision] for c in made.job.contributions)
+    recipe = made.recipe(made.job.contributions)
+    assert (recipe.coefficients, recipe.scale) == ((1.0, 1.0, two / four), pytest.approx((2 + two / four) / 3))
+    assert one < two < four and two / four == pytest.approx(0.5, rel=0.1)
+    fuse(recipe, made.base, [made.folders[r] for r in recipe.inputs], tmp_path / "out")
+    from safetensors.numpy import load_file
+
+    theta = base_tensors()["pooler.dense.weight"].astype(float)
+    tuned = [finetuned(base_tensors(), number, step) for number, step in enumerate((0.001, 0.002, 0.004))]
+    taus = [tensors["bert.pooler.dense.weight"] - theta for tensors in tuned]
+    exact = theta + (taus[0] + taus[1] + taus[2] * two / four) / 3
+    np.testing.assert_allclose(load_file(tmp_path / "out" / WEIGHTS)["pooler.dense.weight"], exact, atol=2e-8)
+    part = made.recipe(made.job.contributions[1:])  # the bound stays that of the whole batch
+    assert (part.coefficients, part.scale) == ((1.0, two / four), pytest.approx((1 + two / four) / 2))
+
+
+def test_a_clipped_sum_has_smaller_coefficients_and_its_own_scale(tmp_path: Path) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing("task_arithmetic", scale=0.3), (0.001, 0.002, 0.004))
+    recipe = made.recipe(made.job.contributions)
+    assert recipe.coefficients[2] == pytest.approx(0.5, rel=0.1) and recipe.scale == 0.3
+
+
+def test_methods_with_a_norm_option_clip_by_it_and_only_when_asked(tmp_path: Path) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing("trimmed_mean", {"trim": 0.1}), (0.001, 0.002, 0.004))
+    recipe = made.recipe(made.job.contributions)
+    assert recipe.coefficients == (1.0, 1.0, 1.0) and recipe.scale == 1.0
+    assert recipe.options == (("norm", "clip"), ("trim", 0.1))
+    made.job = replace(made.job, fuse=Fusing("trimmed_mean", {"norm": "equal"}, clip=False))
+    assert made.recipe(made.job.contributions).options == (("norm", "equal"),)
+
+
+def test_norms_accepted_before_bound_what_half_a_batch_can_do(tmp_path: Path) -> None:
+    made = bench(
+        World(tmp_path / "world"), tmp_path, Fusing(), (0.002, 0.02, 0.02), known_norms=(0.08, 0.1, 0.12, 0.1, 0.1)
+    )
+    small, big, _ = (made.norms[c.revision] for c in made.job.contributions)
+    assert big > 0.9 > 0.15 > 1.5 * small / 2
+    factors = made.recipe(made.job.contributions).coefficients
+    assert factors[1] == pytest.approx(1.5 * 0.1 / big)
+    assert factors[0] == pytest.approx(min(1.0, 0.15 / small))
+
+
+def test_fewer_than_three_known_norms_say_nothing(tmp_path: Path) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing(), (0.001, 0.002, 0.004))
+    report = examine(made.base, [(c, made.folders[c.revision]) for c in made.job.contributions], tag="v0")
+    assert clip_bound(report, (1e-9, 1e-9)) == report.median
+    assert clip_bound(report, (1e-9, 1e-9, 1e-9)) == pytest.approx(1.5e-9)
+
+
+CLIPPING = {"task_arithmetic", *(name for name, method in METHODS.items() if "norm" in method.options)}
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fisher", "regmean"}))
+def test_a_version_made_by_any_method_is_rebuilt_to_the_same_bytes(tmp_path: Path, method: str) -> None:
+    world = World(tmp_path / "world")
+    steps = (0.001, 0.002) if method == "slerp" else (0.001, 0.002, 0.003, 0.004)
+    made = bench(world, tmp_path, Fusing(method, clip=method in CLIPPING), steps)
+    recipe = loads(Recipe, dumps(made.recipe(made.job.contributions)), "recipe")
+    world.publish(recipe, made.job.contributions, [made.folders[r] for r in recipe.inputs])
+    found = reproduce(world.hub, BASE, "v1", tmp_path / "clean")
+    assert found.differences == () and found.steps[-1] == f"fused again by {method}"
+
+
+def test_a_method_that_cannot_clip_is_refused_by_name() -> None:
+    for method in sorted(set(METHODS) - CLIPPING):
+        with pytest.raises(FusionError, match=f"fuse.clip: {method} cannot clip"):
+            Fusing(method)
+
+
+def test_sets_too_small_for_the_method_end_the_search_and_nobody_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing("slerp", clip=False), (0.001, 0.002))
+    monkeypatch.setattr(Bench, "score", lambda self, *rest: pytest.fail("nothing is scored that cannot be fused"))
+    assert made.isolate(made.job.contributions, ()) == ()
+    assert made.trials == {}
