@@ -1,20 +1,24 @@
 """Side by side in one run: our finetune and `transformers.Trainer`, our linear probing and a plain pipeline loop.
 
-Equal settings: the same texts, recipe, head start, precision (float32) and threads; both are timed from text to test
-predictions. CPU seconds are reported beside wall seconds, because they hold on a busy machine. Needs `accelerate`.
+Equal settings: the same texts, recipe, head start, precision (float32 unless told) and threads; timed from text to test
+predictions with tokenizer and model loaded, sides taking turns, medians of the repeats. Prints a markdown report.
+Needs `accelerate`.
 
-    python benchmarks/evaluate.py MODEL_FOLDER DATA_FOLDER --tasks newsgroups,fever --train 256 --test 256
+    python benchmarks/evaluate.py MODEL_FOLDER DATA_FOLDER [--tasks newsgroups,fever] [--device cuda --peak 989]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import platform
+import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,124 +26,107 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import sklearn
 import torch
+import transformers
 
+from benchmarks.sides import (
+    Side,
+    finetune_ours,
+    finetune_trainer,
+    probe_batched,
+    probe_loop,
+    probe_ours,
+    probe_ours_bfloat16,
+)
 from hubfusion.corpora import Data, load
 from hubfusion.metrics import measure
-from hubfusion.probe import compute_features, load_encoder, predict_by_head
-from hubfusion.protocols import STANDARD, Encoding, Pooling, Precision, Training
+from hubfusion.probe import predict_by_head
+from hubfusion.protocols import STANDARD, Encoding, Precision, Training
 from hubfusion.suite import Dataset, Metric
 from hubfusion.tokens import load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, predict, quiet, target_array
+from hubfusion.train import fit, load_classifier, pick_device, target_array
 
-Run = Callable[[Path, Data, Training], np.ndarray]
-
-
-def finetune_ours(base: Path, data: Data, training: Training) -> np.ndarray:
-    tokenizer = load_tokenizer(base)
-    train, test = (tokenize(tokenizer, s, training.max_length, Encoding.PAIR, "") for s in (data.train, data.test))
-    model = load_classifier(base, data.labels, training.seed)
-    fit(model, train, target_array(data, data.train.labels), training)
-    return predict(model, test, training.precision)
+KINDS: dict[str, tuple[Side, ...]] = {
+    "finetune": (finetune_ours, finetune_trainer),
+    "probe": (probe_ours, probe_loop, probe_batched, probe_ours_bfloat16),
+}
 
 
-def finetune_trainer(base: Path, data: Data, training: Training) -> np.ndarray:
-    import datasets
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+@dataclass(slots=True)
+class Timing:
+    """Wall seconds of each repeat, and the accuracy in percent (the same in all of them)."""
 
-    tokenizer = load_tokenizer(base)
+    seconds: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
 
-    def encode(split: Any) -> Any:
-        rows = datasets.Dataset.from_dict({"text": list(split.first), "label": list(split.labels)})
-        return rows.map(
-            lambda b: tokenizer(b["text"], truncation=True, max_length=training.max_length),
-            batched=True,
-            remove_columns=["text"],
-        )
-
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        arguments = TrainingArguments(
-            output_dir=folder,
-            learning_rate=training.learning_rate,
-            per_device_train_batch_size=training.batch_size,
-            per_device_eval_batch_size=training.batch_size,
-            num_train_epochs=training.epochs,
-            weight_decay=training.weight_decay,
-            lr_scheduler_type="linear",
-            warmup_steps=training.warmup,
-            max_grad_norm=training.clip_norm,
-            seed=training.seed,
-            data_seed=training.seed,
-            report_to=[],
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=training.precision is Precision.BFLOAT16,
-        )
-        trainer = Trainer(
-            model=load_classifier(base, data.labels, training.seed),
-            args=arguments,
-            train_dataset=encode(data.train),
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        trainer.train()
-        logits = trainer.predict(encode(data.test)).predictions
-    return np.asarray(logits).argmax(axis=1)
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
-def probe_ours(base: Path, data: Data, training: Training) -> np.ndarray:
-    tokenizer, encoder = load_tokenizer(base), load_encoder(base)
-    features = []
-    for split in (data.train, data.test):
-        tokens = tokenize(tokenizer, split, training.max_length, Encoding.PAIR, "")
-        features.append(compute_features(encoder, tokens, range(len(tokens)), training.precision)[Pooling.MEAN])
-    return predict_by_head(STANDARD["linear-probing"], features[0], target_array(data, data.train.labels), features[1])
+def clock(side: Side, base: Path, data: Data, training: Training, timing: Timing) -> None:
+    run = side(base, data, training)
+    _wait()
+    began = time.perf_counter()
+    found = run()
+    _wait()
+    timing.seconds.append(time.perf_counter() - began)
+    timing.accuracy = 100 * measure(Metric.ACCURACY, found.tolist(), list(data.test.labels))
 
 
-def probe_pipeline(base: Path, data: Data, training: Training) -> np.ndarray:
-    """What a tutorial does: the feature-extraction pipeline over the texts, the mean of each, scikit-learn."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from transformers import pipeline
-
-    with quiet():
-        extract = pipeline("feature-extraction", model=str(base), device="cuda" if torch.cuda.is_available() else "cpu")
-        settings = {"truncation": True, "max_length": training.max_length}
-        features = [
-            np.stack([np.asarray(extract(t, tokenize_kwargs=settings)[0]).mean(axis=0) for t in split.first])
-            for split in (data.train, data.test)
-        ]
-    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features[0], data.train.labels)
-    return np.asarray(head.predict(features[1]))
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def clock(run: Run, base: Path, data: Data, training: Training) -> dict[str, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = run(base, data, training)
-    seconds, used = time.perf_counter() - wall, time.process_time() - cpu
-    accuracy = 100 * measure(Metric.ACCURACY, found.tolist(), list(data.test.labels))
-    return {"wall": seconds, "cpu": used, "accuracy": accuracy}
+def compare(kind: str, base: Path, tasks: list[Data], training: Training, repeats: int) -> None:
+    """Print one table: examples a second of every side on every task, and ours against each other side."""
+    sides = KINDS[kind]
+    names = [s.__name__.replace("_", " ") for s in sides]
+    print(f"\n## {kind}\n\n| task | examples | {' | '.join(f'{n}, ex/s (accuracy)' for n in names)} |")
+    print("|---" * (len(sides) + 2) + "|", flush=True)
+    medians = np.zeros((len(tasks), len(sides)))
+    for row, data in enumerate(tasks):
+        timings = [Timing() for _ in sides]
+        for repeat in range(repeats):
+            turn = list(zip(sides, timings, strict=True))
+            for side, timing in turn if repeat % 2 == 0 else turn[::-1]:
+                clock(side, base, data, training, timing)
+        medians[row] = [t.median for t in timings]
+        examples = (training.epochs if kind == "finetune" else 1) * len(data.train) + len(data.test)
+        cells = [f"{examples / t.median:.1f} ({t.accuracy:.1f})" for t in timings]
+        print(f"| {data.dataset.name} | {examples} | {' | '.join(cells)} |", flush=True)
+    print()
+    for a in (k for k, n in enumerate(names) if "ours" in n):
+        for b in (k for k, n in enumerate(names) if "ours" not in n):
+            found = medians[:, b] / medians[:, a]
+            print(
+                f"- {names[a]} against {names[b]}: {np.exp(np.log(found).mean()):.2f} times the examples a second "
+                f"(geometric mean over tasks; {found.min():.2f} to {found.max():.2f}; all tasks together "
+                f"{medians[:, b].sum() / medians[:, a].sum():.2f})",
+                flush=True,
+            )
 
 
 def parts(base: Path, data: Data, training: Training) -> dict[str, float]:
-    """CPU seconds of one epoch by part: tokenise, forward, backward, optimizer; and of the probing head."""
+    """Wall seconds of one epoch by part: tokenise, forward, backward, optimizer; and of the probing head."""
     spent = dict.fromkeys(("tokenise", "forward", "backward", "optimizer", "head"), 0.0)
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*arguments: Any, **keywords: Any) -> Any:
-            began = time.process_time()
+            _wait()
+            began = time.perf_counter()
             try:
                 return call(*arguments, **keywords)
             finally:
-                spent[part] += time.process_time() - began
+                _wait()
+                spent[part] += time.perf_counter() - began
 
         return inner
 
     tokens = timed("tokenise", tokenize)(load_tokenizer(base), data.train, training.max_length, Encoding.PAIR, "")
-    model = load_classifier(base, data.labels, 0)
+    model = load_classifier(base, data.labels, 0).to(pick_device())
     model.forward = timed("forward", model.forward)
     backward, step = torch.Tensor.backward, torch.optim.AdamW.step
     torch.Tensor.backward, torch.optim.AdamW.step = timed("backward", backward), timed("optimizer", step)
@@ -153,22 +140,68 @@ def parts(base: Path, data: Data, training: Training) -> dict[str, float]:
     return spent
 
 
+def share_of_peak(base: Path, data: Data, training: Training, peak: float) -> str:
+    """Counted FLOPs of one epoch of our finetune over its time, against ``peak`` in TFLOP/s."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens = tokenize(load_tokenizer(base), data.train, training.max_length, Encoding.PAIR, "")
+    labels, once = target_array(data, data.train.labels), replace(training, epochs=1)
+
+    def epoch() -> float:
+        model = load_classifier(base, data.labels, 0).to(pick_device())
+        _wait()
+        began = time.perf_counter()
+        fit(model, tokens, labels, once)
+        _wait()
+        return time.perf_counter() - began
+
+    with FlopCounterMode(display=False) as counter:
+        epoch()
+    rate = counter.get_total_flops() / min(epoch() for _ in range(3)) / 1e12
+    return f"{rate:.2f} TFLOP/s, {100 * rate / peak:.1f} % of {peak:g}"
+
+
+def train_seed(base: Path, data: Data, training: Training) -> float:
+    """Seconds of one finetune in this process, loading and first calls left out."""
+    small = replace(data, train=data.train.take(range(16)), test=data.test.take(range(8)))
+    finetune_ours(base, small, training)()
+    run = finetune_ours(base, data, training)
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def seeds_side_by_side(base: Path, data: Data, training: Training, threads: int) -> str:
+    """Seconds of as many seeds as there are threads: one after another on all, or at once on one thread each."""
+    runs = [replace(training, seed=s) for s in range(threads)]
+    one_by_one = sum(train_seed(base, data, r) for r in runs)
+    with ProcessPoolExecutor(threads, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        at_once = max(pool.map(train_seed, [base] * threads, [data] * threads, runs))
+    return f"{threads} seeds: {one_by_one:.1f} s one by one, {at_once:.1f} s at once, x{one_by_one / at_once:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--tasks", default="newsgroups,reuters_r8,sentiment_products,spam,election_tweets")
-    parser.add_argument("--train", type=int, default=256)
-    parser.add_argument("--test", type=int, default=256)
+    parser.add_argument("--tasks", default="election_tweets,sentiment_products,vitaminc,reuters_r8,newsgroups")
+    parser.add_argument("--train", type=int, default=128)
+    parser.add_argument("--test", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--precision", choices=list(Precision), default=Precision.FLOAT32)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peak", type=float, default=None, help="the device's peak in TFLOP/s: report the share of it")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--skip", default="", help="finetune or probe")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip", choices=("finetune", "probe"), default=None)
     given = parser.parse_args()
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     torch.set_num_threads(given.threads)
     training = Training(
         learning_rate=given.learning_rate,
@@ -177,42 +210,33 @@ def main() -> None:
         max_length=given.max_length,
         precision=Precision(given.precision),
     )
-    results: list[dict[str, Any]] = []
-    is_warm = False
+    tasks = []
     for task in given.tasks.split(","):
         spec = Dataset(task, str((given.data / task).resolve()), validation="validation")
-        data = load(replace(spec, train_cap=given.train, test_cap=given.test))
-        for kind, ours, theirs in (
-            ("finetune", finetune_ours, finetune_trainer),
-            ("probe", probe_ours, probe_pipeline),
-        ):
-            if kind == given.skip:
-                continue
-            if not is_warm:  # imports and first calls belong to neither side
-                small = replace(data, train=data.train.take(range(8)), test=data.test.take(range(8)))
-                for run in (finetune_ours, finetune_trainer, probe_pipeline):
-                    run(given.base, small, replace(training, epochs=1))
-                is_warm = True
-            a, b = clock(ours, given.base, data, training), clock(theirs, given.base, data, training)
-            examples = (training.epochs if kind == "finetune" else 1) * len(data.train) + len(data.test)
-            row = {"task": task, "kind": kind, "examples": examples, "ours": a, "theirs": b}
-            results.append(row)
-            print(
-                f"{task:20}{kind:10} ours {examples / a['cpu']:7.1f} ex/cpu-s, theirs {examples / b['cpu']:7.1f}, "
-                f"x{b['cpu'] / a['cpu']:.2f} (wall x{b['wall'] / a['wall']:.2f}), "
-                f"accuracy {a['accuracy']:.1f} and {b['accuracy']:.1f}",
-                flush=True,
-            )
-        if given.skip != "finetune":
-            spent = parts(given.base, data, training)
-            print(f"{task:20}cpu seconds " + ", ".join(f"{k} {v:.2f}" for k, v in spent.items()), flush=True)
-    for kind in dict.fromkeys(r["kind"] for r in results):
-        mine = [r for r in results if r["kind"] == kind]
-        ratio = sum(r["theirs"]["cpu"] for r in mine) / sum(r["ours"]["cpu"] for r in mine)
-        gap = np.mean([r["ours"]["accuracy"] - r["theirs"]["accuracy"] for r in mine])
-        print(f"{kind}: {ratio:.2f} times the examples per second; accuracy {gap:+.2f} points on average")
-    if given.out:
-        given.out.write_text(json.dumps(results, indent=2))
+        tasks.append(load(replace(spec, train_cap=given.train, test_cap=given.test)))
+    kinds = [k for k in KINDS if k != given.skip]
+    small = replace(tasks[0], train=tasks[0].train.take(range(16)), test=tasks[0].test.take(range(8)))
+    for side in (s for k in kinds for s in KINDS[k]):  # imports and first calls belong to no side
+        side(given.base, small, replace(training, epochs=1))()
+    where = torch.cuda.get_device_name() if given.device == "cuda" else f"{given.threads} threads, {platform.machine()}"
+    print(f"# Evaluating: {where}, {given.precision}\n")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, ")
+    print(f"scikit-learn {sklearn.__version__}; {given.base.name}, batch {training.batch_size}, at most")
+    print(
+        f"{training.max_length} tokens, median of {given.repeats}, load average {os.getloadavg()[0]:.1f} at the start."
+    )
+    for kind in kinds:
+        compare(kind, given.base, tasks, training, given.repeats)
+    print("\n## Cost by part: seconds of one epoch\n\n| task | tokenise | forward | backward | optimizer | head |")
+    print("|---|---|---|---|---|---|")
+    for data in tasks:
+        spent = parts(given.base, data, training)
+        print(f"| {data.dataset.name} | {' | '.join(f'{s:.2f}' for s in spent.values())} |", flush=True)
+    if given.peak:
+        for data in tasks:
+            print(f"\n{data.dataset.name}: {share_of_peak(given.base, data, training, given.peak)}", flush=True)
+    if given.device == "cpu" and given.threads > 1 and given.skip != "finetune":
+        print(f"\n{seeds_side_by_side(given.base, tasks[0], training, given.threads)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from hubfusion.errors import EvaluationError
 from hubfusion.protocols import Head, Pooling, Precision, Protocol
 from hubfusion.tokens import Tokens, by_length
-from hubfusion.train import INFERENCE_BUDGET, as_inputs, autocast, pick_device, quiet, seeded
+from hubfusion.train import INFERENCE_BUDGET, OVERHEAD, as_inputs, autocast, pick_device, quiet, seeded
 
 Features = dict[Pooling, np.ndarray]
 
@@ -54,7 +54,7 @@ def compute_features(
     found = {p: np.zeros((len(tokens), width), dtype=np.float32) for p in Pooling}
     lengths = tokens.lengths
     with torch.inference_mode():
-        for rows in by_length(lengths, wanted, INFERENCE_BUDGET[device]):
+        for rows in by_length(lengths, wanted, INFERENCE_BUDGET[device], OVERHEAD[device]):
             inputs = as_inputs(tokens, rows, device)
             with autocast(device, precision):
                 last = encoder(**inputs).last_hidden_state.float()

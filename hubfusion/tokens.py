@@ -91,20 +91,31 @@ def tokenize(tokenizer: Any, split: Split, max_length: int, encoding: Encoding, 
     )
 
 
-def by_length(lengths: np.ndarray, rows: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut ``rows`` into batches of near-equal lengths with at most ``budget`` tokens each, padding included.
+def by_length(lengths: np.ndarray, rows: Sequence[int], budget: int, overhead: int) -> Iterator[list[int]]:
+    """Cut ``rows`` into batches of near-equal lengths that cost least: padded tokens, and ``overhead`` tokens a batch.
 
-    Longest first, so that a batch too large for the memory fails at once. A single example may exceed the budget.
+    A batch has at most ``budget`` tokens, padding included; a single example may exceed it. Longest first, so that a
+    batch too large for the memory fails at once. The cut is the optimum (dynamic programming over the sorted lengths).
 
-    >>> list(by_length(np.array([9, 2, 3, 8]), [0, 1, 2, 3], budget=18))
+    >>> list(by_length(np.array([9, 2, 3, 8]), [0, 1, 2, 3], budget=18, overhead=2))
     [[0, 3], [2, 1]]
+    >>> list(by_length(np.array([9, 2, 3, 8]), [0, 1, 2, 3], budget=36, overhead=99))
+    [[0, 3, 2, 1]]
     """
     order = sorted(rows, key=lambda r: (-int(lengths[r]), r))
-    batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    cost = np.full(len(order) + 1, np.inf)  # of the best cut of the first k examples
+    cost[0] = 0
+    start = np.zeros(len(order) + 1, dtype=np.int64)  # of the last batch in that cut
+    for i, row in enumerate(order):
+        longest = max(1, int(lengths[row]))
+        most = min(max(1, budget // longest), len(order) - i)
+        found = cost[i] + overhead + longest * np.arange(1, most + 1)
+        ends = slice(i + 1, i + 1 + most)
+        better = found < cost[ends]
+        cost[ends][better] = found[better]
+        start[ends][better] = i
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(int(start[cuts[-1]]))
+    for low, high in zip(cuts[:0:-1], cuts[-2::-1], strict=True):
+        yield order[low:high]

@@ -25,10 +25,13 @@ from hubfusion.errors import EvaluationError
 from hubfusion.metrics import measure
 from hubfusion.protocols import Mode, Precision, Training
 from hubfusion.tokens import Tokens, by_length, load_tokenizer, tokenize
+from hubfusion.vocabulary import UsedRows
 
 # Padded tokens in one forward and backward pass: what fits the caches of a CPU, and what keeps a GPU busy.
-TRAINING_BUDGET = {"cpu": 2048, "cuda": 65536}
-INFERENCE_BUDGET = {"cpu": 4096, "cuda": 262144}
+TRAINING_BUDGET = {"cpu": 1024, "cuda": 65536}
+INFERENCE_BUDGET = {"cpu": 1024, "cuda": 262144}
+# What one more pass costs, in tokens: starting its kernels, adding its gradients to the others.
+OVERHEAD = {"cpu": 32, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,7 @@ def predict(model: Any, tokens: Tokens, precision: Precision = Precision.FLOAT32
     found = np.zeros(len(tokens))
     lengths = tokens.lengths
     with torch.inference_mode(), autocast(device, precision):
-        for rows in by_length(lengths, range(len(tokens)), INFERENCE_BUDGET[device]):
+        for rows in by_length(lengths, range(len(tokens)), INFERENCE_BUDGET[device], OVERHEAD[device]):
             logits = model(**as_inputs(tokens, rows, device)).logits.float()
             values = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(dim=1)
             found[rows] = values.cpu().numpy()
@@ -184,6 +187,23 @@ def fit(
     ``validate`` gives the validation metric (a fraction); it is asked only if early stopping could still happen.
     """
     freeze(model, training.mode)
+    embedding = UsedRows(model, tokens)
+    embedding.narrow()
+    try:
+        return _fit(model, embedding, tokens, torch.from_numpy(labels), training, (validate, on_progress))
+    finally:
+        embedding.widen()
+
+
+def _fit(
+    model: Any,
+    embedding: UsedRows,
+    tokens: Tokens,
+    target: Any,
+    training: Training,
+    calls: tuple[Callable[[], float] | None, Callable[[Progress], None] | None],
+) -> int:
+    validate, on_progress = calls
     optimizer = _optimizer(model, training)
     steps_an_epoch = -(-len(tokens) // training.batch_size)
     total = steps_an_epoch * training.epochs
@@ -193,8 +213,7 @@ def fit(
     )
     stopping = _Stopping(training, total * training.batch_size) if validate else None
     order = np.random.default_rng([7, training.seed])
-    lengths, target = tokens.lengths, torch.from_numpy(labels)
-    step = 0
+    lengths, step = tokens.lengths, 0
     with seeded(training.seed):
         for _ in range(training.epochs):
             rows = order.permutation(len(tokens)).tolist()
@@ -203,14 +222,19 @@ def fit(
                 batch = rows[start : start + training.batch_size]
                 loss = _accumulate(model, tokens, lengths, target, batch, training.precision)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+                embedding.decay(1 - schedule.get_last_lr()[0] * training.weight_decay)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if on_progress:
                     on_progress(Progress(step, total, float(loss)))
-                if stopping and validate and stopping.is_due(step) and stopping.is_over(validate()):
-                    return step
+                if stopping and validate and stopping.is_due(step):
+                    embedding.widen()
+                    is_over = stopping.is_over(validate())
+                    embedding.narrow()
+                    if is_over:
+                        return step
     return step
 
 
@@ -220,7 +244,7 @@ def _accumulate(
     """Backward through one optimizer batch in slices of near-equal length; its mean loss."""
     device = model.device.type
     total = torch.zeros((), device=device)
-    for rows in by_length(lengths, batch, TRAINING_BUDGET[device]):
+    for rows in by_length(lengths, batch, TRAINING_BUDGET[device], OVERHEAD[device]):
         with autocast(device, precision):
             logits = model(**as_inputs(tokens, rows, device)).logits.float()
         wanted = target[rows].to(device)

@@ -70,6 +70,7 @@ def test_slices_by_length_give_the_gradient_of_the_whole_padded_batch(base, monk
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     monkeypatch.setitem(train.TRAINING_BUDGET, "cpu", 30)  # at most three to seven examples a slice
+    monkeypatch.setitem(train.OVERHEAD, "cpu", 1)
     train._accumulate(model, tokens, tokens.lengths, torch.from_numpy(labels), list(range(24)), QUICK.precision)
     assert len(wanted) > 30
     for name, gradient in wanted.items():
@@ -194,11 +195,27 @@ def test_training_leaves_the_callers_random_numbers_alone(base, tmp_path):
 
 def test_batches_keep_the_budget_and_lose_nobody():
     lengths = np.random.default_rng(0).integers(1, 50, size=200)
-    batches = list(by_length(lengths, range(200), budget=128))
+    batches = list(by_length(lengths, range(200), budget=128, overhead=8))
     assert sorted(r for b in batches for r in b) == list(range(200))
     assert all(len(b) * lengths[b].max() <= 128 for b in batches)
     padded = sum(len(b) * lengths[b].max() for b in batches)
     assert padded < 1.1 * lengths.sum()
+
+
+@pytest.mark.parametrize("overhead", [0, 3, 10, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_cut_costs_less(seed, overhead):
+    """The reference tries all 2^8 ways to cut nine sorted examples."""
+    lengths = np.random.default_rng(seed).integers(1, 40, size=9)
+    ordered = sorted(lengths.tolist(), reverse=True)
+    wanted = np.inf
+    for ways in range(2**8):
+        edges = [0, *(k + 1 for k in range(8) if ways >> k & 1), 9]
+        parts = [ordered[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        if all(len(p) * p[0] <= 60 or len(p) == 1 for p in parts):
+            wanted = min(wanted, sum(len(p) * p[0] + overhead for p in parts))
+    found = list(by_length(lengths, range(9), budget=60, overhead=overhead))
+    assert sum(len(b) * int(lengths[b].max()) + overhead for b in found) == wanted
 
 
 def test_model_recycling_encoding_joins_texts_and_names_the_dataset(base):
