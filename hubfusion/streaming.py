@@ -22,7 +22,7 @@ from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 
 BLOCK = 8192
 BUFFER_ENTRIES = 1 << 20
-ROW_ENTRIES = 1 << 17
+ROW_ENTRIES = 3 << 16
 THREADS = 2
 FREED_BYTES = 24 << 20
 
