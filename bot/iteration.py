@@ -19,10 +19,11 @@ from bot.config import Config, read_plan
 from bot.dispatch import dispatch
 from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
-from bot.worker import Job, Outcome, Probe
+from bot.worker import Candidate, Job, Outcome, Probe
 from hubfusion.card import base_card
 from hubfusion.crawl import crawl, read_card
-from hubfusion.errors import Conflict, Corrupt, NotFound
+from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
+from hubfusion.evaluate import content_key, plan_units
 from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
 from hubfusion.isolate import Trial
@@ -40,6 +41,7 @@ from hubfusion.publish import (
     weight_hashes,
 )
 from hubfusion.ranking import rank
+from hubfusion.results import pull, push
 from hubfusion.screen import apply_caps, read_base, screen
 
 log = logging.getLogger(__name__)
@@ -119,6 +121,7 @@ def run_iteration(run: Run, *, act: bool) -> Iteration:
         if seen.verdict is not Verdict.LOST_RACE:  # the winner settles its own release; both at once would answer twice
             settle(run)
         if outcome.candidate is not None:
+            share_scores(run, outcome.candidate)
             tidy(run, outcome)
     return seen
 
@@ -171,6 +174,8 @@ def fuse_and_evaluate(
     if len(fetched) < run.config.fuse.at_least:
         return Outcome(tuple(fetched), (), None), tuple(corrupt)
     suite, protocols = read_plan(run.config.evaluate)
+    units = plan_units(content_key(base), suite, protocols, run.config.evaluate.seeds)
+    pull(run.reader, run.config.ranking, units, work / "scores")
     probe = run.config.leave_one_out
     job = Job(
         base=release.revision,
@@ -286,6 +291,17 @@ def settle(run: Run) -> None:
     if answers:
         remember(run, deliver(run.hub, answers))
         log.info("notify: %d contributors answered", len(answers))
+
+
+def share_scores(run: Run, candidate: Candidate) -> None:
+    """Leave what was measured beside the ranking: the next run's base need not be measured again, wherever it runs."""
+    suite, protocols = read_plan(run.config.evaluate)
+    for scores in (candidate.base_scores, candidate.candidate_scores):
+        units = plan_units(scores.model, suite, protocols, run.config.evaluate.seeds)
+        try:
+            push(run.hub, run.config.ranking, units, Path(run.config.work) / "scores")
+        except HubError as error:
+            log.warning("results: not written: %s", error)
 
 
 def tidy(run: Run, outcome: Outcome) -> None:

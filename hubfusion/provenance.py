@@ -241,4 +241,7 @@ def _leave_out(recipe: Recipe, out: tuple[Revision, ...]) -> Recipe | None:
     if not kept:
         return None
     inputs, coefficients = zip(*kept, strict=True)
-    return dataclasses.replace(recipe, inputs=inputs, coefficients=coefficients)
+    scale = recipe.scale
+    if recipe.method == "average":  # the bot clips by coefficients, and its scale gives back what their sum divides by
+        scale *= sum(coefficients) / len(coefficients) / (sum(recipe.coefficients) / len(recipe.coefficients))
+    return dataclasses.replace(recipe, inputs=inputs, coefficients=coefficients, scale=scale)

@@ -134,6 +134,9 @@ def test_a_withdrawn_contribution_is_planned_out_of_each_version_that_it_touches
     first, second, third = plan.redo
     assert first.recipe is not None and [r.repo for r in first.recipe.inputs] == ["bob/m", "eve/m"]
     assert first.recipe.coefficients == (2.0, 3.0) and first.exact
+    assert (
+        first.recipe.scale == 1.25
+    )  # Σ c τ / k stays what each of the others added: mean of (2, 3) over mean of (1, 2, 3)
     assert second.recipe is not None and [r.repo for r in second.recipe.inputs] == ["cat/m"] and not second.exact
     assert third.withdrawn == () and not third.exact and third.recipe is not None
     assert json.loads(dumps(plan))["redo"][0]["version"] == "v1"

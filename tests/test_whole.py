@@ -14,8 +14,9 @@ import pytest
 
 from demo.place import BASE, BOT, TEXTS, Place, open_place
 from hubfusion.errors import FusionError
+from hubfusion.evaluate import content_key
 from hubfusion.hub import Change, Kind
-from hubfusion.publish import manifest_at
+from hubfusion.publish import current_release, fetch_release, manifest_at
 from tests import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(tiny.VOCABULARY - 5))]
@@ -83,7 +84,7 @@ def contribute(place: Place, user: str, dataset: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_a_whole_iteration_through_the_real_commands(place: Place) -> None:
+def test_a_whole_iteration_through_the_real_commands(place: Place, tmp_path: Path) -> None:
     assert "54 examples on ibm/ColD-Fusion v0" in contribute(place, "alice", "news")
     contribute(place, "bob", "mail")
     plan = place.run("bot", "iterate", user=BOT)
@@ -102,6 +103,12 @@ def test_a_whole_iteration_through_the_real_commands(place: Place) -> None:
     }
     assert manifest.seen == ("mail", "news")
     assert min(manifest.recipe.coefficients) < 1.0  # the larger update was clipped to the median of two
+    head = hub.resolve(f"{BASE}-ranking", kind=Kind.DATASET)
+    results = [f.path for f in hub.files(head, Kind.DATASET) if f.path.startswith("results/")]
+    models = [json.loads(hub.read(head, path, stop=1 << 20, kind=Kind.DATASET))["model"] for path in results]
+    release = fetch_release(hub, current_release(hub, BASE), tmp_path / "v1")
+    # a run on another machine finds the scores of its base by the content of the base that it downloads
+    assert len(models) == 16 and models.count(content_key(release)) == 8  # 2 datasets, 2 recipes, 2 seeds
     assert "nothing new" in place.run("bot", "iterate", "--publish", user=BOT)
 
 
