@@ -16,7 +16,8 @@ import numpy as np
 
 from hubfusion.weights import Array
 
-MAX_HELD = 1 << 21
+MAX_HELD = 1 << 22
+SAMPLE = 1 << 20
 SPREAD = 6.0
 
 Stream = Callable[[int], Iterator[Array]]
@@ -49,8 +50,8 @@ def nth_largest(
     max_held = max_held or MAX_HELD
     known = (0.0, math.inf)
     low, high = known
-    every = max(1, entries // max_held)
-    if every > 1:
+    if entries > max_held:
+        every = max(2, entries // min(max_held, SAMPLE))
         sample = np.concatenate([part.copy() for part in stream(every)])
         low, high = _narrow(sample, rank / entries, *known)
     while True:
@@ -77,13 +78,14 @@ def _narrow(sample: Array, share: float, low: float, high: float) -> tuple[float
     size = sample.size
     middle, slack = share * size, SPREAD * math.sqrt(size * share * (1 - share)) + 8
     first, last = math.floor(middle - slack), math.ceil(middle + slack)
-    sample.sort()
-    upper = float(sample[size - 1 - first]) if first >= 0 else high
-    lower = float(sample[size - 1 - last]) if last < size else low
+    pivots = [min(size - 1, max(0, size - 1 - math.floor(p))) for p in (first, middle, last)]
+    sample = np.partition(sample, pivots)
+    upper = float(sample[pivots[0]]) if first >= 0 else high
+    lower = float(sample[pivots[2]]) if last < size else low
     if (lower, upper) != (low, high):
         return lower, upper
     # Very many equal numbers: ask for one of them alone. Whatever the answer, it leaves the known range.
-    pivot = float(sample[min(size - 1, max(0, size - 1 - math.floor(middle)))])
+    pivot = float(sample[pivots[1]])
     return pivot, pivot
 
 

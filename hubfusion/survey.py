@@ -18,12 +18,12 @@ from hubfusion.errors import CheckpointError
 from hubfusion.methods import METHODS, Need, sparse
 from hubfusion.methods.draws import draw_rows
 from hubfusion.selection import nth_largest
-from hubfusion.streaming import THREADS, Models, Piece, Range, fitting, in_threads
+from hubfusion.streaming import ROW_ENTRIES, THREADS, Models, Piece, Range, fitting, in_threads
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 
 STREAM_ENTRIES = 1 << 16
 SAMPLE_ENTRIES = 1 << 10
-SMALL_GEMM = 1 << 18
+SMALL_GEMM = 1 << 17  # multiplications; for larger products the BLAS library would start threads of its own
 FISHER_FILE, ACTIVATIONS_FILE = "fisher.safetensors", "regmean.safetensors"
 
 Options = Mapping[str, Any]
@@ -72,21 +72,21 @@ def grams(models: Models, threads: int = THREADS) -> dict[str, Array]:
     Sums are float64 over fixed blocks, in a fixed order: the same bits for any number of threads.
     """
     rows = len(models.sources) + 1
-    block = max(1, SMALL_GEMM // rows**2 // 2)  # larger products would start the BLAS library's own threads
+    block = max(1, SMALL_GEMM // rows**2)
     found: dict[tuple[str, int], Array] = {}
 
     def start() -> Callable[[Range], None]:
         buffer = np.empty((rows, STREAM_ENTRIES), models.dtype)
-        wide = np.empty((rows, block), np.float64)
+        wide = np.empty((rows, STREAM_ENTRIES), np.float64)
 
         def do(where: Range) -> None:
             size = where.last - where.first
             models.read(where, buffer)
-            total = np.zeros((rows, rows))
-            for first in range(0, size, block):
-                part = wide[:, : min(block, size - first)]
-                part[:] = buffer[:, first : first + part.shape[1]]
-                total += part @ part.T
+            wide[:, :size] = buffer[:, :size]
+            whole = size - size % block
+            blocks = wide[:, :whole].reshape(rows, -1, block).swapaxes(0, 1)
+            tail = wide[:, whole:size]
+            total = np.matmul(blocks, blocks.swapaxes(1, 2)).sum(axis=0) + tail @ tail.T
             if not np.isfinite(total).all():
                 models.refuse_not_finite(Piece(where, buffer[0, :size], buffer[1:, :size]))
             found[where.parameter.name, where.first] = total
@@ -164,7 +164,7 @@ def _magnitudes(models: Models, row: int, names: tuple[str, ...]) -> Callable[[i
     """Stream |δ| of one input over some parameters; every n-th small piece for a sample."""
 
     def stream(every: int) -> Iterator[Array]:
-        buffer = np.empty((2, STREAM_ENTRIES), models.dtype)
+        buffer = np.empty((2, ROW_ENTRIES), models.dtype)
         source = models.sources[row]
         for where in sampled(models, names, every):
             size = where.last - where.first
@@ -182,7 +182,7 @@ def _magnitudes(models: Models, row: int, names: tuple[str, ...]) -> Callable[[i
 def sampled(models: Models, names: tuple[str, ...], every: int) -> Iterator[Range]:
     """Ranges that cover some parameters, or about one in ``every`` of their entries in small ranges."""
     if every == 1:
-        yield from models.ranges(STREAM_ENTRIES, names=names)
+        yield from models.ranges(ROW_ENTRIES, names=names)
         return
     step, start = SAMPLE_ENTRIES * every, 0
     for name in names:
