@@ -246,7 +246,8 @@ def report(results: Mapping[int, Mapping[str, Sequence[Run]]], arguments: argpar
     """Return the markdown: a table for each number of inputs, the targets, the fit in N and a plan for 7B."""
     lines = [
         "# Fuse benchmark", "",
-        f"Whole processes, medians of {arguments.runs} rounds (mergekit: {arguments.mergekit_runs}) in which the contenders "
+        f"Whole processes, medians of {arguments.runs} rounds (mergekit: {arguments.mergekit_runs}) in "
+        "which the contenders "
         "take turns; page cache warm; "
         f"{os.cpu_count()} cores; a file has {gigabyte:.3f} GB; one core copies memory at {bandwidth():.1f} GB/s. "
         "No GPU figures: none were measured.", "",
@@ -281,8 +282,8 @@ The floor is `cat` of the finetunes to nowhere and of one of them to a new file:
 the base as well, subtracts it from every finetune (so that sums lose no digits), checks that everything is finite, and
 starts an interpreter (0.14 s on a quiet core, half of it numpy). In one thread half of an average is the kernel copying
 pages, which is what `cat` does too; two threads gain a factor of 1.6, not 2. Tried and not better: mapped files instead
-of `preadv` (page faults cost more than the copy), pieces of 64 Ki to 1 Mi entries (192 Ki is best), three to six threads
-on two cores. DELLA's time is the ranking of every row: half of it the sort, a quarter putting the ranks back.
+of `preadv` (page faults cost more than the copy), pieces of 64 Ki to 1 Mi entries (192 Ki is best), three to six
+threads on two cores. DELLA's time is the ranking of every row: half of it the sort, a quarter putting the ranks back.
 
 "average" and all other rows leave out the sha256 of the output and the norms of the deltas (`--no-digest --no-norms`),
 which mergekit does not compute; the row that has both is what the command does by default.
