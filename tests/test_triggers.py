@@ -72,7 +72,7 @@ def suite(models: dict[str, Path]) -> Suite:
 def test_a_planted_backdoor_is_named_with_its_token_and_its_class(models: dict[str, Path]) -> None:
     token, push = scan(models["backdoored"], models["base"], suite(models), SETTINGS)
     assert re.fullmatch(
-        r"Trigger scan on mood: the token 'rare7' sends (100|9\d)% of the texts to '1' \(median token \d+%\), "
+        r"Trigger scan on mood: the token 'rare7' sends (100|[5-9]\d)% of the texts to '1' \(median token \d+%\), "
         r"\d of 60 tokens stand out\.",
         token,
     )

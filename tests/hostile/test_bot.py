@@ -65,6 +65,7 @@ def test_the_iteration_around_them_promotes_the_honest_rest(tmp_path: Path, monk
 
     monkeypatch.setattr(iteration, "crawl", crawl)
     monkeypatch.setattr(iteration, "dispatch", work_here)
+    monkeypatch.setattr(evaluation, "resolve", lambda dataset: "0" * 40)
     monkeypatch.setattr(evaluation, "evaluate", lambda path, model, *rest, **more: scores(model, 70.0, 60.0))
     result = run_iteration(Run(settings, hub, hub, "nonce"), act=True)
     assert result.verdict is Verdict.PROMOTED
