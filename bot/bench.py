@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from bot.worker import REPORT, Candidate, Job, Outcome
@@ -68,7 +69,7 @@ class Bench:
         fused = fuse(recipe, self.base, [self.folders[r] for r in recipe.inputs], place)
         weights = tuple(RemoteFile(f.name, f.size, "", f.sha256) for f in fused.files)
         self.complete(place)
-        base, scores = (self.score(path, job.suite, job.protocols, job.seeds) for path in (self.base, place))
+        base, scores = self.base_scores, self.score(place, job.suite, job.protocols, job.seeds)
         candidate = Candidate(str(place), recipe, weights, base, scores, self.look_for_triggers(place))
         norms = tuple(self.norms[r] for r in recipe.inputs)
         report = tuple(describe_file(self.folder / file) for file in REPORT)
@@ -102,6 +103,11 @@ class Bench:
         found = evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)
         self.longest = max(self.longest, time.monotonic() - began)
         return found
+
+    @cached_property
+    def base_scores(self) -> Scores:
+        """The base's scores: hashed and looked up once for all sets that are tried."""
+        return self.score(self.base, self.job.suite, self.job.protocols, self.job.seeds)
 
     def look_for_triggers(self, place: Path) -> tuple[str, ...]:
         """What the trigger scan objects to, when the settings ask for it."""

@@ -296,10 +296,11 @@ def settle(run: Run) -> None:
 def share_scores(run: Run, candidate: Candidate) -> None:
     """Leave what was measured beside the ranking: the next run's base need not be measured again, wherever it runs."""
     suite, protocols = read_plan(run.config.evaluate)
-    for scores in (candidate.base_scores, candidate.candidate_scores):
-        units = plan_units(scores.model, suite, protocols, run.config.evaluate.seeds)
+    units = plan_units(candidate.base_scores.model, suite, protocols, run.config.evaluate.seeds)
+    for model in (candidate.base_scores.model, candidate.candidate_scores.model):
+        mine = [replace(unit, model=model) for unit in units]
         try:
-            push(run.hub, run.config.ranking, units, Path(run.config.work) / "scores")
+            push(run.hub, run.config.ranking, mine, Path(run.config.work) / "scores")
         except HubError as error:
             log.warning("results: not written: %s", error)
 

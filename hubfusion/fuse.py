@@ -264,10 +264,8 @@ class _Work:
                 yield delta.reshape(where.shape)
 
         base = buffer[0, : where.last - where.first]
-        deltas = rows()
-        fused: Array = self.method.function(
-            deltas, self.coefficients, **self.options, **self.keywords(Piece(where, base, buffer[1:1]))
-        )
+        keywords = self.keywords(Piece(where, base, buffer[1:1]))
+        fused: Array = self.method.function(rows(), self.coefficients, **self.options, **keywords)
         self._keep(where, squares)
         return base, fused.reshape(-1)
 

@@ -145,29 +145,27 @@ class Models:
             for first in range(0, spec.entries, max(step, 1)):
                 yield Range(spec, first, min(first + step, spec.entries))
 
-    def chunk(self, spare: int = 0) -> int:
+    def chunk(self) -> int:
         """Entries a piece may have so that the buffers of one thread stay in a core's cache."""
-        return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1 + spare) // BLOCK * BLOCK)
+        return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1) // BLOCK * BLOCK)
 
     def read(self, where: Range, buffer: Array) -> Piece:
         """Read one piece into ``buffer`` (k + 1, at least n)."""
+        for _ in self.read_rows(where, buffer):
+            pass
         size = where.last - where.first
-        base = buffer[0, :size]
-        self.base.read(where.parameter.name, where.first, base)
-        for row, source in enumerate(self.sources, 1):
-            source.read_delta(where.parameter.name, where.first, base, buffer[row, :size])
-        return Piece(where, base, buffer[1:, :size])
+        return Piece(where, buffer[0, :size], buffer[1:, :size])
 
     def read_rows(self, where: Range, buffer: Array) -> Iterator[Array]:
-        """Read the base into ``buffer[0]`` and yield the deltas (n,), in turns in ``buffer[1]`` and ``buffer[2]``.
+        """Read the base into ``buffer[0]`` and yield the deltas (n,), in turns in the other rows of ``buffer``.
 
-        A delta is valid until the next but one is taken.
+        With two other rows a delta is valid until the next but one is taken; with k, as long as the buffer is.
         """
         size = where.last - where.first
         base = buffer[0, :size]
         self.base.read(where.parameter.name, where.first, base)
         for number, source in enumerate(self.sources):
-            out = buffer[1 + number % 2, :size]
+            out = buffer[1 + number % (len(buffer) - 1), :size]
             source.read_delta(where.parameter.name, where.first, base, out)
             yield out
 

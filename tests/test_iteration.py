@@ -466,7 +466,7 @@ def test_a_worker_killed_between_two_trials_goes_on_to_the_same_end(world: World
     def dying(*arguments, **more):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
-        if calls == 6:
+        if calls == 4:
             raise Killed
         return original(*arguments, **more)
 
