@@ -36,6 +36,7 @@ from benchmarks.sides import (
     finetune_trainer,
     probe_batched,
     probe_loop,
+    probe_loop_bfloat16,
     probe_ours,
     probe_ours_bfloat16,
 )
@@ -50,7 +51,7 @@ from hubfusion.train import fit, load_classifier, target_array
 
 KINDS: dict[str, tuple[Side, ...]] = {
     "finetune": (finetune_ours, finetune_trainer),
-    "probe": (probe_ours, probe_loop, probe_batched, probe_ours_bfloat16),
+    "probe": (probe_ours, probe_loop, probe_batched, probe_ours_bfloat16, probe_loop_bfloat16),
 }
 
 
@@ -101,9 +102,13 @@ def compare(kind: str, base: Path, tasks: list[Data], training: Training, repeat
     print()
     for a in (k for k, n in enumerate(names) if "ours" in n):
         for b in (k for k, n in enumerate(names) if "ours" not in n):
+            if "bfloat16" in names[b] and "bfloat16" not in names[a]:
+                continue
+            note = "" if ("bfloat16" in names[a]) == ("bfloat16" in names[b]) else ", another precision"
             found = medians[:, b] / medians[:, a]
+            mean = np.exp(np.log(found).mean())
             print(
-                f"- {names[a]} against {names[b]}: {np.exp(np.log(found).mean()):.2f} times the examples a second "
+                f"- {names[a]} against {names[b]}{note}: {mean:.2f} times the examples a second "
                 f"(geometric mean over tasks; {found.min():.2f} to {found.max():.2f}; all tasks together "
                 f"{medians[:, b].sum() / medians[:, a].sum():.2f})",
                 flush=True,
@@ -111,7 +116,7 @@ def compare(kind: str, base: Path, tasks: list[Data], training: Training, repeat
 
 
 def parts(base: Path, data: Data, training: Training) -> dict[str, float]:
-    """Wall seconds of one epoch by part: tokenise, forward, backward, optimizer; and of the probing head."""
+    """Seconds of one epoch by part: tokenise, forward and backward (of all cores together), optimizer; probing head."""
     spent = dict.fromkeys(("tokenise", "forward", "backward", "optimizer", "head"), 0.0)
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,13 +133,14 @@ def parts(base: Path, data: Data, training: Training) -> dict[str, float]:
 
     tokens = timed("tokenise", tokenize)(load_tokenizer(base), data.train, training.max_length, Encoding.PAIR, "")
     model = load_classifier(base, data.labels, 0).to(pick_device())
-    model.forward = timed("forward", model.forward)
-    backward, step = torch.Tensor.backward, torch.optim.AdamW.step
+    kind = type(model)
+    forward, backward, step = kind.forward, torch.Tensor.backward, torch.optim.AdamW.step
+    kind.forward = timed("forward", forward)
     torch.Tensor.backward, torch.optim.AdamW.step = timed("backward", backward), timed("optimizer", step)
     try:
         fit(model, tokens, target_array(data, data.train.labels), replace(training, epochs=1))
     finally:
-        torch.Tensor.backward, torch.optim.AdamW.step = backward, step
+        kind.forward, torch.Tensor.backward, torch.optim.AdamW.step = forward, backward, step
     labels = target_array(data, data.train.labels)
     features = np.random.default_rng(0).normal(size=(len(labels), model.config.hidden_size)).astype(np.float32)
     timed("head", predict_by_head)(STANDARD["linear-probing"], features, labels, features)
@@ -156,8 +162,11 @@ def share_of_peak(base: Path, data: Data, training: Training, peak: float) -> st
         _wait()
         return time.perf_counter() - began
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the counter sees the thread that it was entered in
     with FlopCounterMode(display=False) as counter:
         epoch()
+    torch.set_num_threads(threads)
     rate = counter.get_total_flops() / min(epoch() for _ in range(3)) / 1e12
     return f"{rate:.2f} TFLOP/s, {100 * rate / peak:.1f} % of {peak:g}"
 
@@ -224,12 +233,13 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, ")
     print(f"scikit-learn {sklearn.__version__}; {given.base.name}, batch {training.batch_size}, at most")
     print(
-        f"{training.max_length} tokens, median of {given.repeats}, load average {os.getloadavg()[0]:.1f} at the start."
+        f"{training.max_length} tokens, median of {given.repeats}, load average {os.getloadavg()[0]:.1f} at the start, "
+        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'as it comes')}."
     )
     for kind in kinds:
         compare(kind, given.base, tasks, training, given.repeats)
-    print("\n## Cost by part: seconds of one epoch\n\n| task | tokenise | forward | backward | optimizer | head |")
-    print("|---|---|---|---|---|---|")
+    print("\n## Cost by part: seconds of one epoch, all cores together\n")
+    print("| task | tokenise | forward | backward | optimizer | head |\n|---|---|---|---|---|---|")
     for data in tasks:
         spent = parts(given.base, data, training)
         print(f"| {data.dataset.name} | {' | '.join(f'{s:.2f}' for s in spent.values())} |", flush=True)

@@ -150,6 +150,11 @@ def probe_batched(base: Path, data: Data, training: Training) -> Answer:
     return probe_loop(base, data, training, training.batch_size)
 
 
+def probe_loop_bfloat16(base: Path, data: Data, training: Training) -> Answer:
+    """The loop with the whole model in bfloat16, as its ``dtype`` sets it."""
+    return probe_loop(base, data, replace(training, precision=Precision.BFLOAT16))
+
+
 def cut_layers(base: Path, layers: int, folder: Path) -> Path:
     """A model folder with the first ``layers`` layers of ``base``, for comparisons that need many trainings."""
     shutil.copytree(base, folder)

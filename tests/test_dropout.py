@@ -56,7 +56,7 @@ def test_what_is_no_random_dropout_stays_as_it_is() -> None:
             functional.dropout(x, 1.5)
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "one for all", "by head"])
 def test_attention_drops_entries_of_the_weights_that_torch_computes(mask: str) -> None:
     """With the identity as values the output is the weights, after dropout; torch's own come from dropout 0."""
     torch.manual_seed(0)
@@ -64,7 +64,13 @@ def test_attention_drops_entries_of_the_weights_that_torch_computes(mask: str) -
     value = torch.eye(64).expand(2, 3, 64, 64)
     allowed = torch.ones(2, 1, 64, 64, dtype=torch.bool)
     allowed[1, ..., 50:] = False
-    bias = {"none": None, "bool": allowed, "additive": torch.where(allowed, 0.25, -1e9)}[mask]
+    bias = {
+        "none": None,
+        "bool": allowed,
+        "additive": torch.where(allowed, 0.25, -1e9),
+        "one for all": torch.randn(64, 64),
+        "by head": torch.randn(1, 3, 64, 64),
+    }[mask]
     wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.5)
     with Masks(0):
         found = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.5, dropout_p=0.25)
@@ -73,6 +79,26 @@ def test_attention_drops_entries_of_the_weights_that_torch_computes(mask: str) -
     kept = found != 0
     torch.testing.assert_close(found[kept], wanted[kept] / 0.75, rtol=1e-4, atol=1e-6)
     assert abs(float((found == 0)[wanted > 1e-12].float().mean()) - 0.25) < 0.02  # 20,000 entries: sd 0.003
+
+
+def test_a_bias_that_learns_gets_its_gradient() -> None:
+    query, bias = torch.randn(2, 3, 8, 4), torch.zeros(1, 3, 8, 8, requires_grad=True)
+    with Masks(0):
+        functional.scaled_dot_product_attention(query, query, query, bias, 0.5).square().sum().backward()
+    assert bias.grad is not None and float(bias.grad.abs().min()) > 0
+
+
+def test_attention_in_bfloat16_is_near_that_in_float32() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 32, 8).requires_grad_() for _ in range(3))
+    with Masks(0):
+        wanted = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.25)
+    with Masks(0), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = functional.scaled_dot_product_attention(*(t.bfloat16() for t in (query, key, value)), dropout_p=0.25)
+        found.float().sum().backward()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
+    assert query.grad is not None and bool(query.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("piece", [64, 700, 1 << 18])  # one head at a time, a few, all
