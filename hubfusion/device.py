@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -49,9 +50,8 @@ class Cores:
     def __init__(self, device: str) -> None:
         self._before = torch.get_num_threads()
         self.count = min(self._before, MOST) if device == "cpu" else 1
-        self._pool = None
-        if self.count > 1:
-            self._pool = ThreadPoolExecutor(self.count, "core", _take, (self._before // self.count,))
+        self._share = self._before // self.count
+        self._pool = ThreadPoolExecutor(self.count, "core", _take, (self._share,)) if self.count > 1 else None
 
     def map(self, function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
         """What ``function`` gives for each item, in their order; few are begun before they are asked for."""
@@ -65,6 +65,17 @@ class Cores:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the caller's operations take one core too: a second thread of theirs would wait where others work."""
+        if self._pool is not None:
+            torch.set_num_threads(self._share)
+        try:
+            yield
+        finally:
+            if self._pool is not None:
+                torch.set_num_threads(self._before)
 
     def __enter__(self) -> Cores:
         """These cores."""

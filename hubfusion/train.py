@@ -177,7 +177,7 @@ def fit(
     try:
         with Cores(model.device.type) as cores:
             gradient = Gradient(model, tokens, torch.from_numpy(labels), training, cores)
-            return _fit(model, embedding, gradient, len(tokens), training, (validate, on_progress))
+            return _fit(model, embedding, gradient, training, (validate, on_progress))
     finally:
         embedding.widen()
 
@@ -186,12 +186,11 @@ def _fit(
     model: Any,
     embedding: UsedRows,
     gradient: Gradient,
-    examples: int,
     training: Training,
     calls: tuple[Callable[[], float] | None, Callable[[Progress], None] | None],
 ) -> int:
     validate, on_progress = calls
-    optimizer = _optimizer(model, training)
+    optimizer, examples = _optimizer(model, training), gradient.examples
     steps_an_epoch = -(-examples // training.batch_size)
     total = steps_an_epoch * training.epochs
     warm = round(training.warmup * total)
@@ -205,10 +204,11 @@ def _fit(
         for _ in range(training.epochs):
             rows = order.permutation(examples).tolist()
             for start in range(0, len(rows), training.batch_size):
-                loss = gradient.add(rows[start : start + training.batch_size], step)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
-                embedding.decay(1 - schedule.get_last_lr()[0] * training.weight_decay)
-                optimizer.step()
+                with gradient.cores.alone():
+                    loss = gradient.add(rows[start : start + training.batch_size], step)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+                    embedding.decay(1 - schedule.get_last_lr()[0] * training.weight_decay)
+                    optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1

@@ -37,6 +37,8 @@ def test_each_core_runs_its_operations_alone_and_answers_come_in_order(three_thr
 def test_the_callers_threads_stay_and_so_do_those_of_threads_started_later(three_threads: None) -> None:
     with Cores("cpu") as cores:
         list(cores.map(lambda _: None, range(9)))
+        with cores.alone():
+            assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
