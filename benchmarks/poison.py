@@ -1,17 +1,20 @@
 """What a poisoned contribution does to a real encoder, by attack, fusing method and defence.
 
-    python benchmarks/poison.py --model MINILM_FOLDER --tasks TASKS_FOLDER [--layers 2] [--out table.json]
+    python benchmarks/poison.py --model MINILM_FOLDER --tasks TASKS_FOLDER [--layers 2] [--work DIR] [--out table.json]
 
 Eight contributors finetune MiniLM (its first layers and 8,192 words, so that a laptop can do it) on eight real tasks;
 none, one or two of them attack. For every attack and method: the mean linear-probe accuracy over three tasks, the
 share of texts with the trigger that go to the attacker's class (of texts of other classes), whether the gate objects,
-and what soundness says of the attackers. The attacks are naive: none knows the defence (see docs/trust.md).
+and what soundness says of the attackers. The attacks are naive: none knows the defence (see docs/trust.md). Greedy soup
+is by far the slowest column; with ``--work`` and ``--out`` a run goes on from what an earlier one left there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +61,8 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "multi-Krum": ("multi_krum", {}),
     "TIES 20 %": ("ties", {"density": 0.2}),
 }
+SOUNDNESS, SOUP, DEFAULT = "soundness", "greedy soup", "soundness + clipped mean"
+COLUMNS = (SOUNDNESS, *METHODS, SOUP, DEFAULT)
 Tensors = dict[str, Any]
 
 
@@ -108,6 +113,8 @@ class Laboratory:
         self.flipped = [self.finetune(flipped, 50 + i, 640) for i in range(2)]
         self.doors = [self.finetune(backdoored(victim), 60 + i, 1920, 1e-4) for i in range(2)]
         self.norm = float(np.median([self.length(t) for t in self.honest]))
+        self.notes = work / "development.json"
+        self.known: dict[str, float] = json.loads(self.notes.read_text()) if self.notes.exists() else {}
 
     def finetune(self, task: Any, seed: int, examples: int, rate: float = 5e-5) -> Tensors:
         """τ of a finetune."""
@@ -164,15 +171,17 @@ class Laboratory:
                 parts.append(((hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True)).numpy())
         return np.concatenate(parts)
 
-    def probe(self, folder: Path, split: Mapping[str, Task]) -> tuple[dict[str, float], float]:
+    def probe(
+        self, folder: Path, split: Mapping[str, Task], tasks: Sequence[str] = PROBED
+    ) -> tuple[dict[str, float], float]:
         """Accuracy by task, percent, and the attack's success on the victim."""
         scores, success = {}, 0.0
-        for name in PROBED:
+        for name in tasks:
             task, test = self.train[name], split[name]
             scaler = StandardScaler()
             x = scaler.fit_transform(self.features(folder, task.ids[: self.texts], task.mask[: self.texts]))
             if not np.isfinite(x).all():
-                return {name: 0.0 for name in PROBED}, 100.0
+                return dict.fromkeys(tasks, 0.0), 100.0
             head = LogisticRegression(C=0.1, max_iter=300).fit(x, task.labels[: self.texts])
             guess = head.predict(scaler.transform(self.features(folder, test.ids, test.mask)))
             scores[name] = 100 * float((guess == test.labels).mean())
@@ -196,17 +205,25 @@ def fused(lab: Laboratory, folders: Sequence[Path], method: str) -> Path:
 
 def greedy_soup(lab: Laboratory, folders: Sequence[Path]) -> Path:
     """Add contributions, best alone first, as long as the development score does not fall."""
-    alone = sorted(folders, key=lambda f: -score(lab, fused(lab, [f], "mean")))
-    kept, best, out = [alone[0]], score(lab, fused(lab, alone[:1], "mean")), fused(lab, alone[:1], "mean")
+    alone = sorted(folders, key=lambda f: -score(lab, [f]))
+    kept, best = alone[:1], score(lab, alone[:1])
     for folder in alone[1:]:
-        candidate = fused(lab, [*kept, folder], "mean")
-        if (found := score(lab, candidate)) >= best:
-            kept, best, out = [*kept, folder], found, candidate
-    return out
+        if (found := score(lab, [*kept, folder])) >= best:
+            kept, best = [*kept, folder], found
+    print(f"        greedy soup keeps {', '.join(f'user{folders.index(f)}' for f in kept)} at {best:.1f}", flush=True)
+    return fused(lab, kept, "mean")
 
 
-def score(lab: Laboratory, folder: Path) -> float:
-    return float(np.mean(list(lab.probe(folder, lab.dev)[0].values())))
+def score(lab: Laboratory, folders: Sequence[Path]) -> float:
+    """Mean development score of the average of ``folders``, remembered by what is in them."""
+    hashes = sorted(hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest()[:16] for f in folders)
+    key = f"{lab.texts} texts: {' '.join(hashes)}"
+    if key not in lab.known:
+        candidate = fused(lab, folders, "mean")
+        lab.known[key] = float(np.mean(list(lab.probe(candidate, lab.dev)[0].values())))
+        shutil.rmtree(candidate)
+        lab.notes.write_text(json.dumps(lab.known, indent=1))
+    return lab.known[key]
 
 
 def as_scores(model: str, values: Mapping[str, float]) -> Scores:
@@ -222,14 +239,11 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
     parser.add_argument("--texts", type=int, default=400, help="training texts of a probe")
     parser.add_argument(
-        "--soup",
-        nargs="*",
-        default=["none", "label flip", "backdoor", "backdoor x8"],
-        metavar="ATTACK",
-        help="attacks to try greedy soup on, the slowest method by far",
+        "--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), metavar="COLUMN", help="what to fill in"
     )
+    parser.add_argument("--attackers", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="of 8")
     parser.add_argument("--work", type=Path, help="keep what was trained here, and start from it the next time")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the table as JSON; cells that are there already are not done again")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.monotonic()
@@ -241,14 +255,17 @@ def main() -> None:
         mean = np.mean(list(base_scores.values()))
         print(f"base: {mean:.1f} / {base_success:.0f}; trained in {time.monotonic() - begin:.0f} s", flush=True)
         honest = [lab.write(tau) for tau in lab.honest]
-        rows = [(a, n) for a in arguments.attacks for n in ((0,) if a == "none" else (1, 2))]
-        table = {}
+        rows = [(a, n) for a in arguments.attacks for n in ((0,) if a == "none" else arguments.attackers)]
+        table = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
         for attack, number in rows:
-            folders = [lab.write(lab.attack(attack, i)) for i in range(number)] + honest[number:]
-            table[f"{attack}, {number} of 8"] = row = try_all(
-                lab, folders, number, base_scores, attack in arguments.soup
-            )
+            row = table.setdefault(f"{attack}, {number} of 8", {})
+            if not (wanted := [c for c in arguments.columns if c not in row]):
+                continue
+            mine = [lab.write(lab.attack(attack, i)) for i in range(number)]
+            row |= fill(lab, mine + honest[number:], number, base_scores, wanted)
             print(f"{time.monotonic() - begin:5.0f} s  {attack}, {number} of 8: {row}", flush=True)
+            for each in mine:
+                shutil.rmtree(each)
             if arguments.out:
                 arguments.out.write_text(json.dumps(table, indent=1))
     print(as_markdown(table))
@@ -264,35 +281,46 @@ def as_markdown(table: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def try_all(
-    lab: Laboratory, folders: Sequence[Path], attackers: int, base_scores: Mapping[str, float], soup: bool
-) -> dict[str, str]:
-    """Every method on one set of contributions, and the default policy: soundness, clipped mean, gate."""
+def caught_by_soundness(lab: Laboratory, folders: Sequence[Path], attackers: int) -> dict[int, str]:
+    """Why soundness leaves out whom; the attackers are the first and the newest: a copy is the newer of two."""
     base = Revision("org/base", "0" * 40)
     pairs = []
     for i, folder in enumerate(folders):
         data = HONEST[i] if i >= attackers else VICTIM
         revision = Revision(f"user{i}/m", f"{i:040x}")
         pairs.append((Contribution(revision, f"user{i}", base, "mit", (data,), 640, ()), folder))
-    # Attackers come last: a copy of an older contribution is the newer one.
     report = examine(lab.base, pairs[attackers:] + pairs[:attackers], seed=1)
-    caught = {r.revision.repo: str(r.reason) for r in report.rejected}
-    left = [folder for contribution, folder in pairs if contribution.revision.repo not in caught]
-    row = {"soundness": "; ".join(f"{repo.partition('/')[0]} {why}" for repo, why in caught.items()) or "nothing"}
-    candidates: dict[str, Callable[[], Path]] = {m: (lambda m=m: fused(lab, folders, m)) for m in METHODS}  # type: ignore[misc]
-    if soup:
-        candidates["greedy soup"] = lambda: greedy_soup(lab, folders)
-    candidates["soundness + clipped mean"] = lambda: fused(lab, left, "clipped mean")
-    for name, make in candidates.items():
+    return {int(r.revision.sha, 16): str(r.reason) for r in report.rejected}
+
+
+def fill(
+    lab: Laboratory,
+    folders: Sequence[Path],
+    attackers: int,
+    base_scores: Mapping[str, float],
+    wanted: Sequence[str],
+) -> dict[str, str]:
+    """The wanted cells of one row; the default policy is soundness, then the clipped mean, then the gate."""
+    row = {}
+    caught = caught_by_soundness(lab, folders, attackers) if {SOUNDNESS, DEFAULT} & set(wanted) else {}
+    for name in wanted:
+        if name == SOUNDNESS:
+            row[name] = "; ".join(f"user{i} {why}" for i, why in caught.items()) or "nothing"
+            continue
+        left = [folder for i, folder in enumerate(folders) if i not in caught]
         try:
-            values, success = lab.probe(make(), lab.test)
+            if name == SOUP:
+                place = greedy_soup(lab, folders)
+            else:
+                place = fused(lab, left, "clipped mean") if name == DEFAULT else fused(lab, folders, name)
         except FusionError:
             row[name] = "refused to fuse"
             continue
+        values, success = lab.probe(place, lab.test)
+        shutil.rmtree(place)
         decision = decide(as_scores(name, values), as_scores("base", base_scores), Margins(mean=1.0, worst=5.0))
-        row[name] = f"{np.mean(list(values.values())):.1f}/{success:.0f}" + (
-            "" if decision.promote else " gate objects"
-        )
+        objects = "" if decision.promote else " gate objects"
+        row[name] = f"{np.mean(list(values.values())):.1f}/{success:.0f}{objects}"
     return row
 
 

@@ -20,7 +20,7 @@ from bot.schedule import stop_on_signals
 from hubfusion.cli import run as run_app
 from hubfusion.errors import FusionError
 from hubfusion.hub import connect
-from hubfusion.signature import check_private_key
+from hubfusion.signature import check_signer
 
 app = typer.Typer(
     name="bot",
@@ -46,17 +46,17 @@ def configure_logging() -> None:
 
 
 def new_run(config: Config, *, act: bool) -> Run:
-    """Connect: with our token to what is ours, without it to what strangers wrote. A key that cannot sign ends here."""
+    """Connect: with our token to what is ours, without it to what strangers wrote. What cannot sign ends here."""
     access = read_access()
     if act and access.token is None:
         raise FusionError(
             "HF_TOKEN is not set: publishing needs a token that may write to the base, ledger and ranking"
         )
-    if act and access.signing_key:
-        check_private_key(access.signing_key)
+    if act and access.signer:
+        check_signer(access.signer)
     reader = connect(access.endpoint)
     hub = connect(access.endpoint, access.token) if access.token else reader
-    return Run(config, hub, reader, uuid.uuid4().hex, stop_on_signals(), access.signing_key)
+    return Run(config, hub, reader, uuid.uuid4().hex, stop_on_signals(), access.signer)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 from bot.worker import REPORT, Candidate, Job, Outcome
 from hubfusion.errors import RecipeError
@@ -29,19 +30,23 @@ Set = tuple[Contribution, ...]
 
 
 class Bench:
-    """One job's contributions and what was found out about sets of them."""
+    """One job's contributions and what was found out about sets of them.
 
-    def __init__(self, job: Job, folder: Path, report: Report) -> None:
+    ``began`` is when the job began, on the monotonic clock: before the contributions were examined.
+    """
+
+    def __init__(self, job: Job, folder: Path, report: Report, began: float) -> None:
         self.job, self.folder, self.base = job, folder, Path(job.base_folder)
         self.folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))
         self.norms = {m.revision: m.norm for m in report.measures}
         factors = (1.0,) * len(report.accepted)
+        self.bound = clip_bound(report, job.known_norms)
         if job.fuse.clip and job.fuse.clips_by_coefficients:
-            factors = clip_factors(report, clip_bound(report, job.known_norms))
+            factors = clip_factors(report, self.bound)
         self.factors = dict(zip(report.accepted, factors, strict=True))
         self.rejected = report.rejected
         self.trials: dict[tuple[int, ...], Decision] = {}
-        self.began, self.longest = time.monotonic(), 0.0
+        self.began, self.longest, self.measuring = began, 0.0, 0.0
 
     def judge(self, sound: Set) -> Outcome:
         """The candidate of all of them; if the gate refuses it, of those that are left without the harmful ones."""
@@ -66,18 +71,26 @@ class Bench:
         from hubfusion.fuse import fuse
 
         job, recipe, place = self.job, self.recipe(chosen), self.folder / name
+        began = time.monotonic()
         fused = fuse(recipe, self.base, [self.folders[r] for r in recipe.inputs], place)
         weights = tuple(RemoteFile(f.name, f.size, "", f.sha256) for f in fused.files)
         self.complete(place)
-        base, scores = self.base_scores, self.score(place, job.suite, job.protocols, job.seeds)
+        fused_at, base = time.monotonic(), self.base_scores
+        began += time.monotonic() - fused_at  # the base is measured once: no part of what another attempt takes
+        scores = self.score(place, job.suite, job.protocols, job.seeds)
         candidate = Candidate(str(place), recipe, weights, base, scores, self.look_for_triggers(place))
         norms = tuple(self.norms[r] for r in recipe.inputs)
         report = tuple(describe_file(self.folder / file) for file in REPORT)
         candidate = replace(candidate, norms=norms, report=report)
+        self.longest = max(self.longest, time.monotonic() - began)
         return candidate, decide(scores, base, job.gate, candidate.findings)
 
     def recipe(self, chosen: Set) -> Recipe:
-        """The recipe of the job's policy; clipping to the bound of the whole batch, whatever part of it is chosen."""
+        """The recipe of the job's policy; clipping to the bound of the whole batch, whatever part of it is chosen.
+
+        A method that clips by its option does so to the median of what it is given. Where that is above the bound, the
+        scale makes up for it: these methods give c times the result for c times the updates.
+        """
         settings = self.job.fuse
         coefficients, scale = tuple(self.factors[c.revision] for c in chosen), settings.scale
         if settings.method == "average":  # it divides by the sum of its coefficients: (1/k) Σ factor·τ is wanted
@@ -85,6 +98,7 @@ class Bench:
         options = dict(settings.options)
         if settings.clip and not settings.clips_by_coefficients:
             options["norm"] = "clip"
+            scale *= min(1.0, self.bound / median(self.norms[c.revision] for c in chosen))
         inputs = tuple(c.revision for c in chosen)
         return Recipe(self.job.base, inputs, coefficients, settings.method, tuple(sorted(options.items())), scale)
 
@@ -99,10 +113,8 @@ class Bench:
         """Scores of a folder as a base, from the store or measured now."""
         from hubfusion.evaluate import content_key, evaluate
 
-        began, key = time.monotonic(), content_key(checkpoint)
-        found = evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)
-        self.longest = max(self.longest, time.monotonic() - began)
-        return found
+        key = content_key(checkpoint)
+        return evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)
 
     @cached_property
     def base_scores(self) -> Scores:
@@ -118,10 +130,14 @@ class Bench:
         return scan(place, self.base, self.job.suite, self.job.triggers)
 
     def isolate(self, sound: Set, worth: Sequence[float]) -> tuple[Culprit, ...]:
-        """Whom the gate objects to, by trials within the job's number and time; the best guess is tried first."""
+        """Whom the gate objects to, by trials within the job's number and time; the best guess is tried first.
+
+        A trial must leave time for what follows the last one: the candidate of the rest, and what each of them adds.
+        """
 
         def passes(chosen: tuple[int, ...]) -> bool | None:
-            if time.monotonic() - self.began + self.longest > 60 * self.job.minutes:
+            needed = 2 * self.longest + self.measuring
+            if time.monotonic() - self.began + needed > 60 * self.job.minutes:
                 log.warning("isolate: no time is left for another trial")
                 return None
             try:
@@ -155,7 +171,7 @@ class Bench:
         probe = self.job.probe
         if probe is None or len(chosen) < 2:
             return ()
-        whole = Plan.of(candidate.recipe)
+        whole, began = Plan.of(candidate.recipe), time.monotonic()
 
         def mean(path: Path) -> float:
             scores = self.score(path, probe.suite, probe.protocols, probe.seeds)
@@ -182,6 +198,7 @@ class Bench:
             log.warning("leave one out: %s", error)
             return ()
         finally:
+            self.measuring = time.monotonic() - began
             shutil.rmtree(self.folder / "left-out", ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ from hubfusion.lineage import Option, from_json
 from hubfusion.methods import METHODS
 from hubfusion.policy import Policy, Scan
 from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocols
+from hubfusion.signature import Keyless
 from hubfusion.suite import Suite, load_suite
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -119,12 +120,12 @@ class Config:
 class Access:
     """Where the Hub is and who we are there; the token is never written, printed or handed to the worker.
 
-    ``signing_key`` is the file of the private key that releases are signed with, if any.
+    ``signer`` is what releases are signed with, if anything: the file of a private key, or `Keyless`.
     """
 
     endpoint: str
     token: str | None = field(default=None, repr=False)
-    signing_key: Path | None = None
+    signer: Path | Keyless | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -154,7 +155,14 @@ def read_plan(settings: Evaluating) -> tuple[Suite, tuple[Protocol, ...]]:
 
 
 def read_access() -> Access:
-    """``HF_ENDPOINT`` and ``HF_TOKEN``, as `huggingface_hub` names them, and ``HUBFUSION_SIGNING_KEY``, a PEM file."""
-    key = os.environ.get("HUBFUSION_SIGNING_KEY")
+    """``HF_ENDPOINT`` and ``HF_TOKEN``, as `huggingface_hub` names them, and how to sign.
+
+    ``HUBFUSION_SIGNING_KEY`` is a PEM file, or the word ``keyless``; the file ``HUBFUSION_TRUST`` then describes a
+    Sigstore of one's own. Without a key nothing is signed.
+    """
+    key, trust = os.environ.get("HUBFUSION_SIGNING_KEY"), os.environ.get("HUBFUSION_TRUST")
+    signer = Keyless(Path(trust) if trust else None) if key == "keyless" else Path(key) if key else None
+    if trust and key != "keyless":
+        raise FusionError("HUBFUSION_TRUST is for HUBFUSION_SIGNING_KEY=keyless only, and that is not set")
     endpoint, token = os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT), os.environ.get("HF_TOKEN")
-    return Access(endpoint, token or None, Path(key) if key else None)
+    return Access(endpoint, token or None, signer)

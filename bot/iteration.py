@@ -43,6 +43,7 @@ from hubfusion.publish import (
 from hubfusion.ranking import rank
 from hubfusion.results import pull, push
 from hubfusion.screen import apply_caps, read_base, screen
+from hubfusion.signature import Keyless
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Run:
     """A run's surroundings: ``hub`` is ours to write to, ``reader`` has no token and reads what strangers wrote.
 
     ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there. Releases are
-    signed with ``signing_key`` (a PEM file) when there is one.
+    signed by ``signer`` (a private key's file, or keylessly) when there is one.
     """
 
     config: Config
@@ -71,7 +72,7 @@ class Run:
     reader: Hub
     nonce: str
     poll: Callable[[], None] = lambda: None
-    signing_key: Path | None = None
+    signer: Path | Keyless | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +257,8 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
     try:
         if not candidate.is_dir():
             raise Conflict(f"{run.config.work}: another run with this work folder came to its decision first")
-        if run.signing_key:
-            change = sign_release(run.hub, release, change, candidate.parent / "signed", run.signing_key)
+        if run.signer:
+            change = sign_release(run.hub, release, change, candidate.parent / "signed", run.signer)
         publish(run.hub, run.config.base, change, seen.version)
     except Conflict as error:
         log.warning("publish: %s", error)

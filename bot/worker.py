@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ def work(job: Job, folder: Path) -> Outcome:
     from hubfusion.region import draw
     from hubfusion.soundness import examine
 
+    began = time.monotonic()
     folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))
     report = examine(
         Path(job.base_folder),
@@ -112,7 +114,7 @@ def work(job: Job, folder: Path) -> Outcome:
     sound = tuple(c for c in job.contributions if c.revision in accepted)
     if len(sound) < job.fuse.at_least:
         return Outcome(sound, report.rejected, None)
-    return Bench(job, folder, report).judge(sound)
+    return Bench(job, folder, report, began).judge(sound)
 
 
 def main(job_file: Path, folder: Path) -> int:

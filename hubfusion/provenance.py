@@ -2,7 +2,8 @@
 
 `reproduce` fetches the pinned inputs of a revision and fuses them again: the same recipe over the same bytes gives
 the same bytes, so anybody can find out whether the published weights are what the manifest says. `verify` compares a
-revision with its manifest and, when a key is given, with its signature. `trace` and `forget` walk the manifests.
+revision with its manifest and, told who must have signed it, with its signature. `trace` and `forget` walk the
+manifests.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hubfusion.hub import Hub
 from hubfusion.lineage import Recipe, RemoteFile, Revision
 from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
 from hubfusion.screen import path_problem
-from hubfusion.signature import SIGNATURE, UNSIGNED, check_signature
+from hubfusion.signature import SIGNATURE, UNSIGNED, Identity, check_signature
 from hubfusion.weights import WEIGHTS_NAME
 
 log = logging.getLogger(__name__)
@@ -86,11 +87,12 @@ def load_manifest(hub: Hub, revision: Revision) -> Manifest | None:
     return read_manifest(hub.read(revision, FILE, stop=MAX_BYTES), f"{revision} {FILE}")
 
 
-def verify(hub: Hub, repo: str, version: str, work: Path, *, public_key: Path | None = None) -> Checked:
-    """Download a version into ``work`` and compare it with its manifest and, given a key, with its signature.
+def verify(hub: Hub, repo: str, version: str, work: Path, *, signed_by: Path | Identity | None = None) -> Checked:
+    """Download a version into ``work`` and compare it with its manifest and, if asked, with its signature.
 
-    A key and no signature, or files that the signature does not cover, are differences. Raises `HubError` when the
-    Hub does not answer and `NotFound` when there is no such version.
+    ``signed_by`` is a public key's file (PEM) or an identity that signed keylessly; then a version without a signature
+    and files that the signature does not cover are differences. Raises `HubError` when the Hub does not answer and
+    `NotFound` when there is no such version.
     """
     revision = find_version(hub, repo, version)
     listed = {f.path: f for f in hub.files(revision)}
@@ -112,10 +114,10 @@ def verify(hub: Hub, repo: str, version: str, work: Path, *, public_key: Path | 
         steps.append(
             f"{FILE} names {len(manifest.contributions)} contributions and {len(manifest.weights)} weight files"
         )
-    if public_key is not None:
-        problem = check_signature(work, public_key) if SIGNATURE in listed else f"{repo} {version} is not signed"
+    if signed_by is not None:
+        problem = check_signature(work, signed_by) if SIGNATURE in listed else f"{repo} {version} is not signed"
         differences += [problem] if problem else []
-        steps.append(f"{SIGNATURE} was checked with {public_key.name}")
+        steps.append(f"{SIGNATURE} was checked with {signed_by.name}")
     return Checked(revision, version, tuple(steps), tuple(differences))
 
 

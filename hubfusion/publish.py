@@ -19,7 +19,7 @@ from hubfusion.errors import HubError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.lineage import Revision, dumps
 from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
-from hubfusion.signature import SIGNATURE, UNSIGNED, sign
+from hubfusion.signature import SIGNATURE, UNSIGNED, Keyless, sign
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, 
     return Change(title, release.head, manifest.nonce, files, sorted(old - set(files)))
 
 
-def sign_release(hub: Hub, release: Release, change: Change, staging: Path, private_key: Path) -> Change:
+def sign_release(hub: Hub, release: Release, change: Change, staging: Path, signer: Path | Keyless) -> Change:
     """``change`` with a signature over every file that the revision will have; ``staging`` gets just these files."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -109,7 +109,7 @@ def sign_release(hub: Hub, release: Release, change: Change, staging: Path, priv
             os.link(content, staging / path)
         elif path not in UNSIGNED:
             (staging / path).write_bytes(content)
-    signed = {**change.files, SIGNATURE: sign(staging, private_key)}
+    signed = {**change.files, SIGNATURE: sign(staging, signer)}
     log.info("publish: signed %d files", len(list(staging.rglob("*"))) - 1)
     return replace(change, files=signed, delete=[path for path in change.delete if path not in signed])
 

@@ -2,10 +2,13 @@
 
 The signature covers every file of the revision but the card, which may be corrected later. With a key it works
 offline; it says who made the files, not when: the version and the parent's commit stand in the signed manifest.
+Keyless signing takes an identity that the surroundings vouch for (a workflow in GitHub Actions) to a Sigstore, which
+certifies it for a key of minutes and writes both into a public log; that needs the network, for checking, too.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,37 +17,69 @@ from hubfusion.errors import FusionError
 
 SIGNATURE = "model.sig"
 UNSIGNED = (SIGNATURE, "README.md", ".gitattributes")
+ACTIONS = "https://token.actions.githubusercontent.com"
 
 
-def check_private_key(private_key: Path) -> None:
-    """Refuse what cannot sign (no key, no package), before hours of work end in it."""
-    signing = _module("signing")
-    try:
-        signing.Config().use_elliptic_key_signer(private_key=private_key)
-    except (ValueError, OSError, TypeError) as error:
-        raise FusionError(f"private key {private_key}: {_one_line(error)}") from None
+@dataclass(frozen=True, slots=True)
+class Keyless:
+    """Sign as whom the surroundings say we are; ``trust`` is a file that describes another Sigstore than the public."""
+
+    trust: Path | None = None
 
 
-def sign(folder: Path, private_key: Path) -> Path:
-    """Sign all files in ``folder`` but `UNSIGNED` with an elliptic-curve key (PEM); returns the signature's path."""
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who must have signed keylessly: ``name`` (a workflow's URL, an address), as ``provider`` (an issuer) knows it."""
+
+    name: str
+    provider: str = ACTIONS
+    trust: Path | None = None
+
+
+def check_signer(signer: Path | Keyless) -> None:
+    """Refuse what cannot sign (no key, no identity, no package), before hours of work end in it."""
+    if isinstance(signer, Keyless):
+        _token()
+    else:
+        _with_key(signer)
+
+
+def sign(folder: Path, signer: Path | Keyless) -> Path:
+    """Sign all files in ``folder`` but `UNSIGNED`; returns the signature's path.
+
+    ``signer`` is the file of an elliptic-curve private key (PEM), or `Keyless`. The token of a keyless signature is
+    asked for now, since it is good for minutes only.
+    """
     target = folder / SIGNATURE
-    check_private_key(private_key)
-    signing = _module("signing")
+    token = _token() if isinstance(signer, Keyless) else ""
+    config = _module("signing").Config() if isinstance(signer, Keyless) else _with_key(signer)
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key)
+        if isinstance(signer, Keyless):
+            # Given, not left to the library: where it finds no token, it waits for a person at a browser.
+            config.use_sigstore_signer(identity_token=token, trust_config=signer.trust)
         config.set_hashing_config(_hashing(folder)).sign(folder, target)
-    except (ValueError, OSError, TypeError) as error:
-        raise FusionError(f"signature of {folder}: {_one_line(error)}") from None
+    except Exception as error:  # many kinds: of the library, of the clients and formats below it
+        raise FusionError(f"signature of {folder}: {_one_line(error, token)}") from None
     return target
 
 
-def check_signature(folder: Path, public_key: Path) -> str:
-    """Compare ``folder`` with its `SIGNATURE`; empty when it holds, else what differs, in one sentence."""
-    verifying = _module("verifying")
+def check_signature(folder: Path, signed_by: Path | Identity) -> str:
+    """Compare ``folder`` with its `SIGNATURE`; empty when it holds, else what differs, in one sentence.
+
+    ``signed_by`` is the file of a public key (PEM), or who must have signed keylessly. Raises `FusionError` when there
+    is nothing to check with: no such key, no package, no Sigstore.
+    """
+    config = _module("verifying").Config()
     try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except (ValueError, OSError, TypeError) as error:
-        raise FusionError(f"public key {public_key}: {_one_line(error)}") from None
+        if isinstance(signed_by, Identity):
+            config.use_sigstore_verifier(
+                identity=signed_by.name, oidc_issuer=signed_by.provider, trust_config=signed_by.trust
+            )
+        else:
+            config.use_elliptic_key_verifier(public_key=signed_by)
+    except Exception as error:
+        source = signed_by.trust or "Sigstore's keys" if isinstance(signed_by, Identity) else f"public key {signed_by}"
+        raise FusionError(f"{source}: {_one_line(error)}") from None
     try:
         config.set_hashing_config(_hashing(folder)).verify(folder, folder / SIGNATURE)
     except Exception as error:  # the library raises many kinds; whatever it is, the signature does not hold
@@ -52,17 +87,40 @@ def check_signature(folder: Path, public_key: Path) -> str:
     return ""
 
 
+def _with_key(private_key: Path) -> Any:
+    signing = _module("signing")
+    try:
+        return signing.Config().use_elliptic_key_signer(private_key=private_key)
+    except (ValueError, OSError, TypeError) as error:
+        raise FusionError(f"private key {private_key}: {_one_line(error)}") from None
+
+
+def _token() -> str:
+    """The surroundings' word for who we are, a secret; raises `FusionError` when they give none."""
+    oidc = _module("oidc", "sigstore")
+    try:
+        token = oidc.detect_credential()
+    except Exception as error:
+        raise FusionError(f"keyless signing: {_one_line(error)}") from None
+    if not token:
+        raise FusionError("keyless signing: no identity here; it takes GitHub Actions and `id-token: write`")
+    return str(token)
+
+
 def _hashing(folder: Path) -> Any:
     paths = [folder / name for name in UNSIGNED]
     return _module("hashing").Config().set_ignored_paths(paths=paths, ignore_git_paths=True)
 
 
-def _module(name: str) -> Any:
+def _module(name: str, package: str = "model_signing") -> Any:
     try:
-        return import_module(f"model_signing.{name}")
+        return import_module(f"{package}.{name}")
     except ImportError as error:
         raise FusionError(f"signatures need `pip install hubfusion[sign]`: {error}") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _one_line(error: Exception, secret: str = "") -> str:
+    """Kind and words of an error, or of what caused it when it has none; what a server repeats may hold the secret."""
+    told = error if str(error) or error.__cause__ is None else error.__cause__
+    text = " ".join(f"{type(error).__name__}: {told}".split())
+    return (text.replace(secret, "(token)") if secret else text)[:300]

@@ -3,9 +3,11 @@
 A base has no task head, so a trigger shows in its features: a linear probe is trained on them, on clean texts of a
 suite's datasets, for the candidate and for its base alike. *Rare tokens*: vocabulary items that no text contains are
 put at the front of held-out texts one after the other; the part of texts that a token moves to one class is compared
-with all other tokens' and with the base's. *Attacker-agnostic* (the idea of Neural Cleanse, Wang et al. 2019): for
-each class, the smallest vector at that place, found by gradient, that sends most texts there; a trained trigger needs
-a much smaller one than the base did. Neither is a proof: adaptive attacks are built to pass.
+with all other tokens' and with the base's. A vocabulary has more of them than can be tried, and a word that was trained
+leaves a trace: half of those tried are the ones whose embedding moved most, the others are drawn. *Attacker-agnostic*
+(the idea of Neural Cleanse, Wang et al. 2019): for each class, the smallest vector at that place, found by gradient,
+that sends most texts there; a trained trigger needs a much smaller one than the base did. Neither is a proof: adaptive
+attacks are built to pass.
 """
 
 from __future__ import annotations
@@ -44,21 +46,33 @@ class Look:
     pushes: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What one dataset is looked at with: texts to train a probe on, their ``labels`` (n,), and texts to move."""
+
+    train: Tokens
+    labels: NDArray[Any]
+    classes: int
+    held_out: Tokens
+
+
 def scan(candidate: Path, base: Path, suite: Suite, settings: Scan) -> tuple[str, ...]:
     """What a maintainer should look at before promoting ``candidate``, a sentence a finding; empty when nothing is.
 
-    Both folders need their tokenizer. Raises `EvaluationError` when no dataset of the suite has classes.
+    The base's tokenizer is used for both. Raises `EvaluationError` when no dataset of the suite has classes.
     """
     named = [suite.get(name) for name in settings.datasets] or suite.datasets
     chosen = [d for d in named if not d.is_regression]
     if not chosen:
         raise EvaluationError(f"triggers: no classification dataset of {suite.name} is chosen")
     findings: list[str] = []
+    encoders, tokenizer = (load_encoder(candidate), load_encoder(base)), load_tokenizer(base)
     for dataset in chosen:
         data = load(dataset)
-        ours, before = (look(folder, data, settings) for folder in (candidate, base))
-        names = load_tokenizer(base).convert_ids_to_tokens(list(ours.tokens))
-        findings += judge(ours, before, names, data, settings)
+        texts = choose_texts(tokenizer, data, settings)
+        tokens = choose_tokens(*encoders, tokenizer, texts, settings)
+        ours, before = (look(encoder, texts, tokens, settings) for encoder in encoders)
+        findings += judge(ours, before, tokenizer.convert_ids_to_tokens(list(tokens)), data, settings)
     log.info("triggers: %d findings on %d datasets", len(findings), len(chosen))
     return tuple(findings)
 
@@ -89,24 +103,41 @@ def judge(ours: Look, base: Look, names: Sequence[str], data: Data, settings: Sc
             return
 
 
-def look(folder: Path, data: Data, settings: Scan) -> Look:
-    """Probe one model: which tokens and how small a push move the held-out texts of ``data``."""
-    encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
+def choose_texts(tokenizer: Any, data: Data, settings: Scan) -> Texts:
+    """Clean texts of the training split for the probe, and held-out ones to move."""
     rng = np.random.default_rng([36, settings.seed])
     train = data.train.take(sorted(rng.permutation(len(data.train))[: settings.examples].tolist()))
     held_out = data.validation.take(sorted(rng.permutation(len(data.validation))[: settings.texts].tolist()))
-    parts = [tokenize(tokenizer, s, settings.length, Encoding.PAIR, data.dataset.name) for s in (train, held_out)]
-    head = _Head(_features(encoder, parts[0]), np.asarray(train.labels), len(data.labels))
-    unused = sorted(set(range(len(tokenizer))) - {int(i) for p in parts for ids in p.ids for i in ids})
-    unused = [i for i in unused if i not in tokenizer.all_special_ids]
-    tokens = tuple(sorted(int(i) for i in rng.permutation(unused)[: settings.tokens]))
-    clean = head.predict(_features(encoder, parts[1]))
-    moves = np.zeros((len(tokens), len(data.labels)), np.float32)
+    clean, moved = (
+        tokenize(tokenizer, s, settings.length, Encoding.PAIR, data.dataset.name) for s in (train, held_out)
+    )
+    return Texts(clean, np.asarray(train.labels), len(data.labels), moved)
+
+
+def choose_tokens(candidate: Any, base: Any, tokenizer: Any, texts: Texts, settings: Scan) -> tuple[int, ...]:
+    """At most ``settings.tokens`` that no text holds, ascending: half by how far their embedding moved, half drawn."""
+    used = {int(i) for part in (texts.train, texts.held_out) for ids in part.ids for i in ids}
+    unused = sorted(set(range(len(tokenizer))) - used - set(tokenizer.all_special_ids))
+    rng = np.random.default_rng([37, settings.seed])
+    with torch.inference_mode():
+        ours, before = (encoder.get_input_embeddings().weight[unused].float().cpu() for encoder in (candidate, base))
+        far = (ours - before).norm(dim=1).numpy()
+    order = [unused[i] for i in np.argsort(-far, kind="stable")]
+    half = settings.tokens // 2
+    drawn = rng.permutation(order[half:])[: settings.tokens - half]
+    return tuple(sorted([*order[:half], *(int(i) for i in drawn)]))
+
+
+def look(encoder: Any, texts: Texts, tokens: tuple[int, ...], settings: Scan) -> Look:
+    """Probe one model: how many of the held-out texts the tokens move, and how small a push does."""
+    head = _Head(_features(encoder, texts.train), texts.labels, texts.classes)
+    clean = head.predict(_features(encoder, texts.held_out))
+    moves = np.zeros((len(tokens), texts.classes), np.float32)
     for row, token in enumerate(tokens):
-        found = head.predict(_features(encoder, _insert(parts[1], token)))
-        moves[row] = [_share(found, clean, label) for label in range(len(data.labels))]
-    pushes = tuple(_smallest_push(encoder, head, parts[1], clean, label, settings) for label in range(len(data.labels)))
-    return Look(tokens, moves, pushes)
+        found = head.predict(_features(encoder, _insert(texts.held_out, token)))
+        moves[row] = [_share(found, clean, label) for label in range(texts.classes)]
+    pushes = (_smallest_push(encoder, head, texts.held_out, clean, label, settings) for label in range(texts.classes))
+    return Look(tokens, moves, tuple(pushes))
 
 
 def _share(found: NDArray[Any], clean: NDArray[Any], label: int) -> float:

@@ -23,9 +23,13 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("headers", "layout", "peek", "screen", "soundness", "taskvectors", "provenance", "signature")
-TESTS = ("tests/hostile", "tests/test_headers.py", "tests/test_screen.py", "tests/test_soundness.py")
-TESTS_OF = {"provenance": ("tests/test_provenance.py",), "signature": ("tests/test_provenance.py",)}
+MODULES = ("headers", "layout", "peek", "screen", "soundness", "taskvectors", "provenance", "signature", "triggers")
+TESTS = ("tests/test_headers.py", "tests/test_screen.py", "tests/test_soundness.py", "tests/hostile")
+TESTS_OF = {
+    "provenance": ("tests/test_provenance.py",),
+    "signature": ("tests/test_signature.py", "tests/test_provenance.py"),
+    "triggers": ("tests/test_triggers.py",),
+}
 SKIPPED = (
     "not transformers and not roberta and not largest and not whatever and not random_and_mutated and not mutation"
 )
@@ -65,7 +69,8 @@ def _is_rule(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.AugAssign):
         return ast.unparse(statement.target) == "differences"
     if isinstance(statement, ast.Return):
-        return ast.unparse(statement).startswith(("return (Reason.", "return 'is ", "return 'has ", "return 'points "))
+        spoken = ("return (Reason.", "return 'is ", "return 'has ", "return 'points ", "return f'{SIGNATURE} does not")
+        return ast.unparse(statement).startswith(spoken)
     if isinstance(statement, ast.Assign):
         return ast.unparse(statement.targets[0]).startswith(("objections[", "vector.bad"))
     return False
@@ -140,7 +145,9 @@ def run(mutant: Mutant | None) -> str:
                 "-o",
                 "addopts=-m 'not slow'",
             ]
-            tests = TESTS_OF.get(mutant.module, TESTS) if mutant else [*TESTS, "tests/test_provenance.py"]
+            own = f"test_{mutant.module}.py" if mutant else ""  # first: most mutants end there
+            every = [*TESTS, *(test for more in TESTS_OF.values() for test in more)]
+            tests = TESTS_OF.get(mutant.module, sorted(TESTS, key=lambda t: not t.endswith(own))) if mutant else every
             code = pytest.main([*options, *tests], plugins=[seen])
         result = seen.name or ("" if code == 0 else f"pytest ended with {code}")
     finally:
@@ -161,16 +168,16 @@ def main(modules: Sequence[str]) -> int:
         print(f"the tests fail without any mutation: {broken}")
         return 1
     signing = importlib.util.find_spec("model_signing") is not None
-    survivors = 0
+    tried = survivors = 0
     for module in modules or MODULES:
         for mutant in mutants(module):
             if not signing and (module == "signature" or "problem" in mutant.text):
                 continue  # only tests that need the package would notice
-            missed = run(mutant)
+            missed, tried = run(mutant), tried + 1
             survivors += not missed
             verdict = missed.split("::")[-1] if missed else "SURVIVED"
             print(f"{mutant.module}:{mutant.line}: {mutant.text[:90]}\n    {verdict}", flush=True)
-    print(f"{survivors} survivors")
+    print(f"{survivors} survivors of {tried}")
     return survivors
 
 

@@ -15,7 +15,7 @@ from hubfusion.hub import Change, Hub, connect
 from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, dumps
 from hubfusion.manifest import FILE, Manifest
 from hubfusion.scores import Provenance, Score, Scores
-from hubfusion.signature import SIGNATURE, sign
+from hubfusion.signature import SIGNATURE, Keyless, sign
 from tests.fake_hub import FakeHub
 from tests.tiny import BASE, base_tensors, config, finetuned, weights, write_folder
 
@@ -50,8 +50,8 @@ def scores(model: str) -> Scores:
 class World:
     """A base with v0 and an iteration after it for every list of contributors."""
 
-    def __init__(self, folder: Path, *iterations: tuple[str, ...], private_key: Path | None = None) -> None:
-        self.folder, self.key = folder, private_key
+    def __init__(self, folder: Path, *iterations: tuple[str, ...], signer: Path | Keyless | None = None) -> None:
+        self.folder, self.signer = folder, signer
         self.hub: Any = self.make_hub()
         files = {"config.json": config(), "README.md": b"# base", WEIGHTS: weights(base_tensors())}
         self.head = self.put(BASE, files, "v0")
@@ -95,9 +95,9 @@ class World:
         )  # fmt: skip
         files: dict[str, bytes] = {"config.json": config(), FILE: dumps(manifest).encode()}
         files[WEIGHTS] = (at / "out" / WEIGHTS).read_bytes()
-        if self.key:
+        if self.signer:
             staged = write_folder(at / "staged", files)
-            files[SIGNATURE] = sign(staged, self.key).read_bytes()
+            files[SIGNATURE] = sign(staged, self.signer).read_bytes()
         self.head = self.put(BASE, files | {"README.md": b"# base"}, f"v{number}")
         self.hub.tag(BASE, f"v{number}", self.head.sha)
 
@@ -120,9 +120,11 @@ class World:
 class ServedWorld(World):
     """The same on a Hub that runs, each repository pushed by its owner over HTTP; ``ibm`` is an organisation."""
 
-    def __init__(self, folder: Path, endpoint: str, *iterations: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, endpoint: str, *iterations: tuple[str, ...], signer: Path | Keyless | None = None
+    ) -> None:
         self.endpoint = endpoint
-        super().__init__(folder, *iterations)
+        super().__init__(folder, *iterations, signer=signer)
 
     def make_hub(self) -> Hub:
         return connect(self.endpoint, "hf_ibm")

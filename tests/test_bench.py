@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bot.config import Fusing
 from bot.worker import Job
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
+from hubfusion.gate import Decision
 from hubfusion.lineage import Contribution, Recipe, dumps, loads
 from hubfusion.methods import METHODS
 from hubfusion.provenance import reproduce
@@ -38,7 +40,7 @@ def bench(world: World, folder: Path, fuse: Fusing, steps: tuple[float, ...], **
     report = examine(base, list(zip(contributions, folders, strict=True)), tag="v0")
     paths = tuple(map(str, folders))
     job = Job(world.head, "v0", str(base), tuple(contributions), paths, fuse, SUITE, (), (0,), "store", **more)
-    return Bench(job, folder, report)
+    return Bench(job, folder, report, time.monotonic())
 
 
 def test_a_clipped_average_is_the_mean_of_the_clipped_updates_whatever_set_is_chosen(tmp_path: Path) -> None:
@@ -83,6 +85,46 @@ def test_norms_accepted_before_bound_what_half_a_batch_can_do(tmp_path: Path) ->
     factors = made.recipe(made.job.contributions).coefficients
     assert factors[1] == pytest.approx(1.5 * 0.1 / big)
     assert factors[0] == pytest.approx(min(1.0, 0.15 / small))
+
+
+@pytest.mark.parametrize("method", ["trimmed_mean", "median", "geometric_median", "multi_krum"])
+def test_methods_that_clip_by_an_option_are_held_to_the_same_bound(tmp_path: Path, method: str) -> None:
+    known = (0.08, 0.1, 0.12)
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing(method), (0.02, 0.02, 0.02, 0.02), known_norms=known)
+    recipe = made.recipe(made.job.contributions)
+    norms = [made.norms[c.revision] for c in made.job.contributions]
+    middle = sorted(norms)[1] / 2 + sorted(norms)[2] / 2
+    assert middle > 0.9 and recipe.scale == pytest.approx(1.5 * 0.1 / middle)  # the batch alone allows six times it
+    fused = fuse(recipe, made.base, [made.folders[r] for r in recipe.inputs], tmp_path / "out")
+    assert len(fused.norms) == 4
+    from safetensors.numpy import load_file
+
+    theta, out = base_tensors(), load_file(tmp_path / "out" / WEIGHTS)
+    moved = np.sqrt(sum(((out[n].astype(float) - v) ** 2).sum() for n, v in theta.items() if v.dtype == np.float32))
+    assert 0.02 < moved < 1.5 * 0.1
+    half = made.recipe(made.job.contributions[:2])  # the bound stays, whatever set is chosen
+    assert half.scale == pytest.approx(1.5 * 0.1 / (norms[0] / 2 + norms[1] / 2))
+
+
+def test_a_trial_leaves_time_for_the_examination_and_for_what_follows_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench(World(tmp_path / "world"), tmp_path, Fusing(at_least=1), (0.001, 0.002, 0.004), minutes=10.0)
+    tried: list[int] = []
+
+    def attempt(chosen: tuple[Contribution, ...], name: str = "candidate") -> Any:
+        tried.append(len(chosen))
+        return None, Decision(False, -1.0, (), "")
+
+    monkeypatch.setattr(made, "attempt", attempt)
+    now = time.monotonic()
+    made.longest, made.measuring = 100.0, 60.0
+    made.began = now - 600 + 2 * 100 + 60 - 5  # five seconds short
+    made.isolate(made.job.contributions, ())
+    assert tried == []
+    made.began = now - 600 + 2 * 100 + 60 + 30
+    made.isolate(made.job.contributions, ())
+    assert tried
 
 
 def test_fewer_than_three_known_norms_say_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from bot.config import read_access, read_config, read_plan
 from hubfusion.errors import FusionError
+from hubfusion.signature import Keyless
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 'base = "a/b"\nledger = "a/l"\nranking = "a/r"\n[evaluate]\nsuite = "offline"\n'
@@ -101,7 +102,15 @@ def test_a_trigger_scan_is_off_until_its_table_is_there(tmp_path: Path) -> None:
 
 
 def test_the_signing_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HUBFUSION_SIGNING_KEY", raising=False)
-    assert read_access().signing_key is None
+    for name in ("HUBFUSION_SIGNING_KEY", "HUBFUSION_TRUST"):
+        monkeypatch.delenv(name, raising=False)
+    assert read_access().signer is None
     monkeypatch.setenv("HUBFUSION_SIGNING_KEY", "/keys/release.pem")
-    assert read_access().signing_key == Path("/keys/release.pem")
+    assert read_access().signer == Path("/keys/release.pem")
+    monkeypatch.setenv("HUBFUSION_TRUST", "/keys/ours.json")
+    with pytest.raises(FusionError, match="HUBFUSION_TRUST is for HUBFUSION_SIGNING_KEY=keyless only"):
+        read_access()
+    monkeypatch.setenv("HUBFUSION_SIGNING_KEY", "keyless")
+    assert read_access().signer == Keyless(Path("/keys/ours.json"))
+    monkeypatch.delenv("HUBFUSION_TRUST")
+    assert read_access().signer == Keyless()

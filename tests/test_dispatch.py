@@ -39,7 +39,8 @@ def test_a_job_is_done_once_and_found_again(tmp_path: Path, worker) -> None:  # 
 
 
 def test_the_worker_gets_no_token(tmp_path: Path, worker, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "HUBFUSION_SIGNING_KEY"):
+    ours = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "HUBFUSION_SIGNING_KEY")
+    for name in (*ours, "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL", "SIGSTORE_ID_TOKEN"):
         monkeypatch.setenv(name, "hf_canary")
     check = "assert 'hf_canary' not in os.environ.values()\nassert os.environ['HF_HUB_DISABLE_IMPLICIT_TOKEN'] == '1'"
     worker(f"{check}\n{DONE}")

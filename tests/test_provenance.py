@@ -199,14 +199,14 @@ def test_a_signed_version_verifies_and_one_flipped_bit_anywhere_does_not(
     tmp_path: Path, keys: tuple[Path, Path]
 ) -> None:
     private, public = keys
-    world = World(tmp_path / "world", ("ann", "bob"), private_key=private)
-    assert verify(world.hub, BASE, "v1", tmp_path / "good", public_key=public).differences == ()
+    world = World(tmp_path / "world", ("ann", "bob"), signer=private)
+    assert verify(world.hub, BASE, "v1", tmp_path / "good", signed_by=public).differences == ()
     for path in (WEIGHTS, FILE, "config.json", SIGNATURE):
         tree = world.tree(BASE, world.hub.tagged[BASE]["v1"])
         kept = tree[path]
         # A space more at the end, or a bit in the middle: for JSON the first, so that only the signature can tell.
         tree[path] = kept + b" " if path in (FILE, "config.json") else flip(kept, 4 * len(kept))
-        found = verify(world.hub, BASE, "v1", tmp_path / path.replace(".", "-"), public_key=public).differences
+        found = verify(world.hub, BASE, "v1", tmp_path / path.replace(".", "-"), signed_by=public).differences
         assert any(d.startswith("model.sig does not hold") for d in found), (path, found)
         tree[path] = kept
 
@@ -214,12 +214,10 @@ def test_a_signed_version_verifies_and_one_flipped_bit_anywhere_does_not(
 def test_an_unsigned_version_and_a_file_too_many_do_not_pass_with_a_key(
     tmp_path: Path, world: World, keys: tuple[Path, Path]
 ) -> None:
-    assert verify(world.hub, BASE, "v1", tmp_path / "a", public_key=keys[1]).differences == (
-        f"{BASE} v1 is not signed",
-    )
-    signed = World(tmp_path / "signed", ("ann", "bob"), private_key=keys[0])
+    assert verify(world.hub, BASE, "v1", tmp_path / "a", signed_by=keys[1]).differences == (f"{BASE} v1 is not signed",)
+    signed = World(tmp_path / "signed", ("ann", "bob"), signer=keys[0])
     signed.tree(BASE, signed.hub.tagged[BASE]["v1"])["tokenizer.json"] = b"{}"
-    (difference,) = verify(signed.hub, BASE, "v1", tmp_path / "b", public_key=keys[1]).differences
+    (difference,) = verify(signed.hub, BASE, "v1", tmp_path / "b", signed_by=keys[1]).differences
     assert "tokenizer.json" in difference
 
 

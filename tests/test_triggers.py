@@ -83,6 +83,15 @@ def test_a_planted_backdoor_is_named_with_its_token_and_its_class(models: dict[s
     )
 
 
+def test_among_more_words_than_can_be_tried_the_one_that_was_trained_is_tried(models: dict[str, Path]) -> None:
+    """Ten of sixty: drawn alone they would hold the planted word one time in six."""
+    for seed in range(3):
+        found = scan(
+            models["backdoored"], models["base"], suite(models), replace(SETTINGS, tokens=10, steps=0, seed=seed)
+        )
+        assert len(found) == 1 and "the token 'rare7' sends" in found[0] and "of 10 tokens" in found[0], (seed, found)
+
+
 def test_an_honest_finetune_is_not_blamed(models: dict[str, Path]) -> None:
     assert scan(models["honest"], models["base"], suite(models), SETTINGS) == ()
 

@@ -84,17 +84,33 @@ def inspect(
 def verify(
     revision: Annotated[str, typer.Argument(metavar="OWNER/BASE@vN")],
     key: Annotated[Path | None, typer.Option(help="Public key (PEM); then the version must be signed with it.")] = None,
+    identity: Annotated[
+        str | None, typer.Option(help="Who must have signed it keylessly: the URL of a workflow, an address.")
+    ] = None,
+    identity_provider: Annotated[
+        str | None, typer.Option(help="Issuer that vouched for the identity; GitHub Actions by default.")
+    ] = None,
+    trust: Annotated[
+        Path | None, typer.Option(help="File that describes another Sigstore than the public one (for --identity).")
+    ] = None,
     work: Work = None,
 ) -> None:
-    """Compare a published version with its manifest and, given a key, with its signature; exit code 1 if they differ.
+    """Compare a published version with its manifest and, told who signed it, with its signature; exit 1 if they differ.
 
     Example: hubfusion verify ibm/ColD-Fusion@v3 --key maintainers.pub
     """
     from hubfusion.provenance import verify as check
+    from hubfusion.signature import ACTIONS, Identity
 
     repo, version = _version(revision)
+    if identity is None and (identity_provider or trust):
+        raise FusionError("--identity-provider and --trust say more about --identity, which is missing")
+    if identity is not None and key is not None:
+        raise FusionError("--key and --identity: a version has one signature, by a key or by an identity")
+    keyless = Identity(identity, identity_provider or ACTIONS, trust) if identity is not None else None
     with tempfile.TemporaryDirectory() as temporary:
-        _say(check(open_hub(), repo, version, work or Path(temporary), public_key=key), "as its manifest says")
+        place = work or Path(temporary)
+        _say(check(open_hub(), repo, version, place, signed_by=keyless or key), "as its manifest says")
 
 
 @app.command()
