@@ -165,7 +165,7 @@ class _Folding:
                 for source, known in zip(sources, self.models.sources[len(self.norms) :], strict=False):
                     _check_kept_promise(source, known)
                 self.norms.extend(self.add(replace(self.models, sources=sources), len(self.norms)))
-        log.info("added up %d inputs as they came", len(self.norms))
+        log.info("added up %d inputs as they came, to be fused as one", len(self.norms))
 
     def add(self, models: Models, first: int) -> list[float]:
         """Add ``models.sources``, of which the first is input number ``first``; return the norms of their deltas."""

@@ -20,6 +20,8 @@ from hubfusion.fuse import Plan, Progress, Settings, fuse
 from hubfusion.fusion import finish
 from hubfusion.hub import Kind, OnBytes
 from hubfusion.lineage import RemoteFile, Revision
+from hubfusion.methods import METHODS
+from hubfusion.methods.linear import add_up
 from hubfusion.recipes import FuseRecipe
 from hubfusion.sources import fetched
 from tests.checkpoints import load, save, trunk
@@ -171,6 +173,27 @@ def test_the_files_are_those_of_a_fuse_of_all_inputs_together(hub, tmp_path, dty
     manifest = json.loads((tmp_path / "together" / "fusion.json").read_text())
     assert manifest["kept_from_base"] == ["embeddings.position_ids", "pooler.dense.weight"]  # which ann/m5 lacks
     assert list(hub.room.iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+@pytest.mark.parametrize(
+    "method, coefficients",
+    [
+        ("average", (1.0,) * 5),
+        ("average", (1.0, 2.0, 0.1, 3.0, 0.7)),
+        ("task_arithmetic", (0.3,) * 5),
+        ("task_arithmetic", (0.3, 0.3, 0.3, 0.3, -1.0)),  # equal in a part, not in the whole
+    ],
+)
+def test_a_sum_in_two_parts_has_the_bits_of_the_whole(method, coefficients, cut):
+    deltas = np.random.default_rng(0).standard_normal((5, 1000)).astype(np.float32)
+    whole = METHODS[method].function(deltas, coefficients)
+    total = METHODS[method].as_sum(coefficients)
+    part = add_up(zip(deltas[:cut], total.factors[:cut], strict=True))
+    parts = total.finish(add_up(zip(deltas[cut:], total.factors[cut:], strict=True), part))
+    assert parts.tobytes() == whole.tobytes()
+    share = sum(coefficients) if method == "average" else 1
+    np.testing.assert_allclose(whole, np.array(coefficients) @ deltas.astype(float) / share, atol=1e-6)
 
 
 def test_the_sum_is_what_an_independent_mean_says(hub, tmp_path):
