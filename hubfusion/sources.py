@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from hubfusion import adapters
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.folding import Arrivals, counter, sum_of
 from hubfusion.fusion import COMPANIONS
 from hubfusion.headers import header_bytes, parse_header, parse_index
 from hubfusion.methods import METHODS, Need
@@ -26,6 +25,7 @@ from hubfusion.survey import ACTIVATIONS_FILE, FISHER_FILE
 from hubfusion.weights import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter
 
 if TYPE_CHECKING:
+    from hubfusion.folding import Arrivals
     from hubfusion.hub import Hub
     from hubfusion.lineage import RemoteFile, Revision
 
@@ -81,6 +81,7 @@ def fetched(
     if all(Path(n).exists() for n in names):
         yield _with_places(recipe, names, [Path(n) for n in names])
         return
+    from hubfusion.folding import Arrivals, counter  # only here: a fuse of folders must not pay for the import
     from hubfusion.hub import connect
 
     hub = connect(endpoint, token)
@@ -236,6 +237,8 @@ def _later(
 
     An input that is also the base, or there twice, comes before the fuse, as an adapter does.
     """
+    from hubfusion.folding import sum_of
+
     some = [p for p in found.inputs if p in downloads and Counter(places)[p] == 1]
     if len(some) <= IN_FLIGHT or sum_of(found.recipe.plan) is None:
         return {}

@@ -25,7 +25,6 @@ def fuse(args: Sequence[str] | None) -> None:
     """Fuse finetunes into their base; write weights, recipe, manifest and card."""
     from hubfusion import fuse as engine
     from hubfusion.cli.progress import bars
-    from hubfusion.folding import fuse_arriving
     from hubfusion.fusion import finish
     from hubfusion.sources import fetched
 
@@ -50,6 +49,8 @@ def fuse(args: Sequence[str] | None) -> None:
         tell = bar(f"fuse by {recipe.plan.method}")
         work = partial(engine.fuse, recipe.plan, found.base, found.inputs)
         if found.arrivals:
+            from hubfusion.folding import fuse_arriving
+
             work = partial(fuse_arriving, recipe.plan, found.base, found.arrivals)
         fused = work(given.out, state=found.state, settings=settings, on_event=lambda e: tell(e.done, e.total))
         finish(recipe, found.base, fused, given.out)
