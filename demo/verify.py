@@ -17,7 +17,6 @@ from rich.text import Text
 from bot.ledger import Judged, Ledger, read_ledger
 from demo.place import BASE, Place
 from hubfusion.card import visible
-from hubfusion.errors import FusionError
 from hubfusion.hub import Hub
 from hubfusion.lineage import Revision
 from hubfusion.manifest import Manifest
@@ -52,6 +51,7 @@ def check(place: Place, claims: Claims) -> list[str]:
         *_versions(hub, ledger),
         *_average(place, hub),
         *_loads(place, hub),
+        *_rebuilds(place, hub),
         *_answers(ledger),
     ] + ([] if claims.unchanged else ["the last run changed the base, the ledger or the ranking"])
 
@@ -115,27 +115,59 @@ def _weights(hub: Hub, revision: Revision, folder: Path) -> Path:
 def _loads(place: Place, hub: Hub) -> Iterator[str]:
     (place.folder / "load.py").write_text(LOAD)
     for version in ("v1", "v2"):
-        try:
-            count = _fresh(place, version)
-        except FusionError as error:
-            yield f"{version} does not load in a fresh process: {error}"
+        code, said = _fresh(place, "load.py", BASE, version)
+        last = said.splitlines()[-1]
+        if code:
+            yield f"{version} does not load in a fresh process: {last}"
         else:
             call = f'AutoModel.from_pretrained("{BASE}", revision="{version}")'
-            print(f"{call} works in a fresh process: {count} parameters")
+            print(f"{call} works in a fresh process: {last} parameters")
 
 
-def _fresh(place: Place, version: str) -> str:
+def _rebuilds(place: Place, hub: Hub) -> Iterator[str]:
+    """Anybody can check a version and rebuild its bytes; one bit flipped in one input on the Hub's disk is named."""
+    for command in ("verify", "reproduce"):
+        for version in ("v1", "v2"):
+            code, said = _fresh(place, "-m", "hubfusion", command, f"{BASE}@{version}")
+            print(f"hubfusion {command} {BASE}@{version}: {said.splitlines()[-1]}")
+            if code:
+                yield f"hubfusion {command} {BASE}@{version} fails"
+    manifest = manifest_at(hub, Revision(BASE, hub.tags(BASE)["v2"]))
+    if manifest is None:
+        return
+    victim = manifest.recipe.inputs[0]
+    (file,) = [f for f in hub.files(victim) if f.path == "model.safetensors"]
+    (stored,) = (place.folder / "hub" / "objects").rglob(str(file.sha256))
+    _flip_bit(stored)
+    code, said = _fresh(place, "-m", "hubfusion", "reproduce", f"{BASE}@v2")
+    _flip_bit(stored)
+    found = [line for line in said.splitlines() if line.startswith(f"DIFFERS: {victim.repo}@")]
+    if not code or not found:
+        yield f"a flipped bit of {victim.repo} was not named by hubfusion reproduce"
+    else:
+        print(f"with one bit of {victim.repo} flipped on the Hub's disk, hubfusion reproduce says:\n  {found[0]}")
 
+
+def _flip_bit(file: Path) -> None:
+    file.chmod(0o644)
+    with open(file, "r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        byte = stream.read(1)
+        stream.seek(-1, 1)
+        stream.write(bytes([byte[0] ^ 1]))
+
+
+def _fresh(place: Place, *arguments: str) -> tuple[int, str]:
+    """Exit code and all output of a Python process that knows the Hub's address and no token."""
     done = subprocess.run(
-        [sys.executable, "load.py", BASE, version],
+        [sys.executable, *arguments],
         cwd=place.folder,
         env=place.environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    if done.returncode:
-        raise FusionError(done.stderr.strip().splitlines()[-1])
-    return done.stdout.strip()
+    return done.returncode, done.stdout.strip()
 
 
 def _answers(ledger: Ledger) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,22 @@ SAMPLE = 1 << 20
 SPREAD = 6.0
 
 Stream = Callable[[int], Iterator[Array]]
+Rows = Callable[[int], Iterator[tuple[Array, Array]]]
 
 
 @dataclass(slots=True)
 class _Bracket:
-    """Numbers low ≤ x ≤ high, ``above`` of all numbers being larger than high; ``sample`` is from inside."""
+    """Of the numbers low ≤ x ≤ high, ``count`` in all, one in ``stride`` is held; ``above`` numbers are larger.
+
+    ``energies`` (k,) are sums of squares of the rows that came with numbers larger than high, and with those inside
+    when low = high; ``rows`` are those of the numbers held, while all are.
+    """
 
     low: float
     high: float
-    held: list[Array]
+    held: list[Array] = field(default_factory=list)
+    rows: list[Array] = field(default_factory=list)
+    energies: Any = 0.0
     count: int = 0
     above: int = 0
     stride: int = 1
@@ -45,15 +52,36 @@ def nth_largest(
     ``every`` of them when that is larger than 1; it is called again for each pass. At most ``max_held``
     (default `MAX_HELD`) are held.
     """
+
+    def alone(every: int) -> Iterator[tuple[Array, Array]]:
+        for part in stream(every):
+            yield part, part[None][:0]
+
+    return select(alone, entries, rank, dtype, max_held)[0]
+
+
+def select(
+    stream: Rows,
+    entries: int,
+    rank: int,
+    dtype: type[np.floating[Any]] = np.float32,
+    max_held: int | None = None,
+    sample: int = SAMPLE,
+) -> tuple[float, list[float]]:
+    """Return the ``rank``-th largest number as `nth_largest` does, and the energies of what comes with the largest.
+
+    ``stream`` yields numbers (n,) with rows (k, n); the energies are k sums of squares, in float64, over the places
+    whose number is at least the one returned. About ``sample`` numbers are looked at first.
+    """
     if not 1 <= rank <= entries:
         raise ValueError(f"rank must be in [1, {entries}], got {rank}")
     max_held = max_held or MAX_HELD
     known = (0.0, math.inf)
     low, high = known
-    if entries > max_held:
-        every = max(2, entries // min(max_held, SAMPLE))
-        sample = np.concatenate([part.copy() for part in stream(every)])
-        low, high = _narrow(sample, rank / entries, *known)
+    if entries > min(max_held, 4 * sample):
+        every = max(2, entries // min(max_held, sample))
+        looked = np.concatenate([part.copy() for part, _ in stream(every)])
+        low, high = _narrow(looked, rank / entries, *known)
     while True:
         bracket = _count(stream, low, high, max_held)
         inside = rank - bracket.above
@@ -64,13 +92,24 @@ def nth_largest(
             known = (known[0], float(np.nextafter(dtype(low), dtype(-np.inf))))
             low, high = known
         elif low == high:
-            return low
+            return low, bracket.energies.tolist()
         elif bracket.stride == 1:
-            held = np.concatenate(bracket.held)
-            return float(np.partition(held, held.size - inside)[held.size - inside])
+            held, rows = np.concatenate(bracket.held), np.concatenate(bracket.rows, axis=1)
+            found = float(np.partition(held, held.size - inside)[held.size - inside])
+            return found, (bracket.energies + _energies(rows, held >= found)).tolist()
         else:
             known = (low, high)
             low, high = _narrow(np.concatenate(bracket.held), inside / bracket.count, *known)
+
+
+def _energies(rows: Array, chosen: Array) -> Array:
+    """Sums of squares (k,) in float64 of the chosen columns of (k, n)."""
+    if not len(rows):
+        return np.zeros(0)
+    picked = np.take(rows, np.flatnonzero(chosen), axis=1).astype(np.float64)
+    picked *= picked
+    sums: Array = picked.sum(axis=1)
+    return sums
 
 
 def _narrow(sample: Array, share: float, low: float, high: float) -> tuple[float, float]:
@@ -89,20 +128,23 @@ def _narrow(sample: Array, share: float, low: float, high: float) -> tuple[float
     return pivot, pivot
 
 
-def _count(stream: Stream, low: float, high: float, max_held: int) -> _Bracket:
-    bracket = _Bracket(low, high, [])
-    for part in stream(1):
+def _count(stream: Rows, low: float, high: float, max_held: int) -> _Bracket:
+    bracket = _Bracket(low, high)
+    for part, rows in stream(1):
         inside: Any = part >= low
         if high < math.inf:
             below = part <= high
             bracket.above += int(part.size - np.count_nonzero(below))
+            bracket.energies += _energies(rows, inside if low == high else ~below)
             inside &= below
         found = part[inside]
         bracket.count += found.size
-        kept = found[:: bracket.stride].copy() if bracket.stride > 1 else found
-        bracket.held.append(kept)
-        bracket.size += kept.size
+        bracket.held.append(found[:: bracket.stride].copy() if bracket.stride > 1 else found)
+        bracket.size += bracket.held[-1].size
+        if bracket.stride == 1:
+            bracket.rows.append(np.take(rows, np.flatnonzero(inside), axis=1) if len(rows) else rows[:, :0])
         while bracket.size > max_held:
             thinned = np.concatenate(bracket.held)[::2].copy()
             bracket.held, bracket.size, bracket.stride = [thinned], thinned.size, bracket.stride * 2
+            bracket.rows = []
     return bracket

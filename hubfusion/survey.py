@@ -17,12 +17,13 @@ import numpy as np
 from hubfusion.errors import CheckpointError
 from hubfusion.methods import METHODS, Need, sparse
 from hubfusion.methods.draws import draw_rows
-from hubfusion.selection import nth_largest
+from hubfusion.selection import MAX_HELD, Rows, nth_largest, select
 from hubfusion.streaming import ROW_ENTRIES, THREADS, Models, Piece, Range, fitting, in_threads
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 
 STREAM_ENTRIES = 1 << 16
 SAMPLE_ENTRIES = 1 << 10
+SMALLEST_SAMPLE = 1 << 14
 SMALL_GEMM = 1 << 17  # multiplications; for larger products the BLAS library would start threads of its own
 FISHER_FILE, ACTIVATIONS_FILE = "fisher.safetensors", "regmean.safetensors"
 
@@ -200,14 +201,11 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
         def do(name: str) -> None:
             entries = models.base.parameters[name].entries
             rank = sparse.kept_count(options["density"], entries)
-            threshold = nth_largest(_variances(models, name), entries, rank, models.dtype)
-            energies = np.zeros(len(models.sources))
-            for piece in _pieces(models, (name,), 1):
-                chosen = np.flatnonzero(sparse.variance(piece.deltas) >= threshold)
-                picked = np.take(piece.deltas, chosen, axis=1).astype(np.float64)
-                energies += (picked * picked).sum(axis=1)
+            max_held = max(SMALLEST_SAMPLE, 2 * MAX_HELD // (len(models.sources) + 1))
+            sample = max(SMALLEST_SAMPLE, entries // 64)
+            threshold, energies = select(_variances(models, name), entries, rank, models.dtype, max_held, sample)
             with lock:
-                found[name] = {"threshold": threshold, "energies": energies.tolist()}
+                found[name] = {"threshold": threshold, "energies": energies}
 
         return do
 
@@ -215,15 +213,17 @@ def _selection(options: Options, models: Models, stack: ExitStack, threads: int)
     return lambda piece: found[piece.range.parameter.name]
 
 
-def _variances(models: Models, name: str) -> Callable[[int], Iterator[Array]]:
-    def stream(every: int) -> Iterator[Array]:
+def _variances(models: Models, name: str) -> Rows:
+    """Stream the variance of each entry over the deltas, with the deltas."""
+
+    def stream(every: int) -> Iterator[tuple[Array, Array]]:
         for piece in _pieces(models, (name,), every):
             with np.errstate(over="ignore", invalid="ignore"):
                 spread = sparse.variance(piece.deltas)
             if not np.isfinite(spread).all():
                 models.refuse_not_finite(piece)
                 raise CheckpointError(f"{name}: the variance over the deltas is too large for {models.dtype.__name__}")
-            yield spread
+            yield spread, piece.deltas
 
     return stream
 

@@ -366,7 +366,7 @@ def test_della_of_one_input_entry_by_entry(shape, dtype):
         sizes = np.abs(row).astype(np.float32).view(np.uint32) >> 15
         for rank, column in enumerate(sorted(range(columns), key=lambda c: (sizes[c], c))):
             keep = round((0.6 - 0.15 + 0.3 * (rank + 0.5) / columns) * 65536)
-            wanted = float(row[column]) * 65536 / keep if drawn[column] < keep else 0.0
+            wanted = float(row[column]) * 65536 / keep if drawn[rank] < keep else 0.0
             assert float(got[column]) == pytest.approx(wanted, rel=1e-6)
 
 
@@ -405,11 +405,12 @@ def test_what_a_method_does_not_allow_is_one_line_with_the_range(call, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("columns", [1, 5, 700])
-def test_short_and_long_rows_are_ranked_alike(columns, monkeypatch):
+@pytest.mark.parametrize("columns", [1, 5, 700, 70_000])
+def test_values_of_a_row_go_to_its_entries_in_the_order_of_their_size(columns):
     magnitudes = np.abs(np.random.default_rng(3).standard_normal((4, columns), np.float32)).round(1)  # many are equal
-    values = np.arange(columns, dtype=np.float32)
-    short = sparse.by_rank(magnitudes, values)
-    monkeypatch.setattr(sparse, "SHORT_ROW", 0)
-    assert (short == sparse.by_rank(magnitudes, values)).all()
-    assert (np.take_along_axis(magnitudes, np.argsort(short), axis=-1) == np.sort(magnitudes)).all()
+    values = np.arange(4 * columns, dtype=np.float32).reshape(4, columns)
+    given = sparse.by_rank(magnitudes, values)
+    order = np.argsort(given, axis=-1)
+    assert (np.take_along_axis(given, order, axis=-1) == values).all()
+    assert (np.take_along_axis(magnitudes, order, axis=-1) == np.sort(magnitudes)).all()
+    assert (np.argsort(magnitudes, axis=-1, kind="stable") == order).all()

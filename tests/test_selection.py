@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hubfusion.selection import nth_largest
+from hubfusion.selection import nth_largest, select
 
 
 def stream_of(values: np.ndarray, calls: list[int], step: int = 100):
@@ -49,3 +49,20 @@ def test_two_passes_are_enough_where_a_sample_is_fair():
 def test_a_rank_outside_is_refused(rank):
     with pytest.raises(ValueError, match=r"rank must be in \[1, 10\]"):
         nth_largest(stream_of(np.arange(10.0), []), 10, rank)
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("rank", [1, 777, 4000, 20_000])
+@pytest.mark.parametrize("max_held, sample", [(500, 300), (20_000, 20_000)])
+def test_the_energies_are_those_of_the_rows_whose_number_is_at_least_the_one_found(name, rank, max_held, sample):
+    values = DATA[name].astype(np.float32)
+    rows = np.random.default_rng(7).standard_normal((3, values.size)).astype(np.float32)
+
+    def stream(every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(0, values.size, 100 * every):
+            yield values[first : first + 100].copy(), rows[:, first : first + 100].copy()
+
+    found, energies = select(stream, values.size, rank, np.float32, max_held, sample)
+    assert found == np.sort(values)[::-1][rank - 1]
+    chosen = rows[:, values >= found].astype(np.float64)
+    assert energies == pytest.approx((chosen**2).sum(axis=1).tolist(), rel=1e-12)
