@@ -127,7 +127,9 @@ def _look_up(
     pinned: list[str] = []
     places: list[Path] = []
     downloads: dict[Path, dict[str, _Download]] = {}
-    for number, (name, answer) in enumerate(zip(names, pool.map(ask, names), strict=True)):
+    # The base's in this thread: what a first request imports is not imported in several, where a signal may lock them.
+    answers = [ask(names[0]), *pool.map(ask, names[1:])]
+    for number, (name, answer) in enumerate(zip(names, answers, strict=True)):
         if answer is None:
             pinned.append(name)
             places.append(Path(name))
