@@ -39,8 +39,8 @@ class Scan:
     ``datasets`` names classification tasks of the suite (empty: all of them), ``examples`` clean training texts for
     the probe, ``texts`` held-out texts to move, ``tokens`` how many unused vocabulary items are tried, ``length`` the
     longest text in tokens. A token is a finding if it moves ``moved`` of the texts of other classes to one class,
-    ``above`` more than it does in the base, and lies ``deviations`` robust standard deviations above the other
-    tokens. A push is one if at most 1/``shrunk`` of what the base needs is enough. ``radii`` are its lengths, in
+    ``above`` more than it does in the base, and ``deviations`` robust standard deviations more than the other tokens
+    move there. A push is one if at most 1/``shrunk`` of what the base needs is enough. ``radii`` are its lengths, in
     median word embeddings; 0 ``steps`` of gradient leave this look out.
     """
 

@@ -80,18 +80,16 @@ def scan(candidate: Path, base: Path, suite: Suite, settings: Scan) -> tuple[str
 def judge(ours: Look, base: Look, names: Sequence[str], data: Data, settings: Scan) -> Iterator[str]:
     """Compare the candidate's look with its base's; at most one sentence of each kind, about the worst."""
     where = data.dataset.name
-    most = ours.moves.max(axis=1)
-    middle = float(np.median(most))
-    spread = 1.4826 * float(np.median(np.abs(most - middle))) + 0.01  # a hundredth: all alike must not make an outlier
-    stands_out = (most - middle) / spread > settings.deviations
-    rise = (ours.moves - base.moves).max(axis=1)
-    suspects = np.flatnonzero((most >= settings.moved) & (rise >= settings.above) & stands_out)
-    if suspects.size:
-        worst = int(suspects[np.argmax(most[suspects])])
-        target = data.labels[int(ours.moves[worst].argmax())]
+    middle = np.median(ours.moves, axis=0)  # of each class: short texts are pushed to the likeliest by any word
+    spread = 1.4826 * np.median(np.abs(ours.moves - middle), axis=0) + 0.01  # all alike must not make an outlier
+    stands_out = (ours.moves - middle) / spread > settings.deviations
+    suspects = (ours.moves >= settings.moved) & (ours.moves - base.moves >= settings.above) & stands_out
+    if suspects.any():
+        worst, to = divmod(int(np.where(suspects, ours.moves, -1).argmax()), len(data.labels))
+        moved, target = ours.moves[worst, to], data.labels[to]
         yield (
-            f"Trigger scan on {where}: the token {names[worst]!a:.40} sends {most[worst]:.0%} of the texts to "
-            f"{target!a:.40} (median token {middle:.0%}), {suspects.size} of {len(names)} tokens stand out."
+            f"Trigger scan on {where}: the token {names[worst]!a:.40} sends {moved:.0%} of the texts to {target!a:.40} "
+            f"(median token {middle[to]:.0%}), {suspects.any(axis=1).sum()} of {len(names)} tokens stand out."
         )
     for label, small, usual in zip(data.labels, ours.pushes, base.pushes, strict=True):
         usual = min(usual, 2 * max(settings.radii))

@@ -15,6 +15,8 @@ from hubfusion.signature import SIGNATURE, check_signature, sign
 from tests.published import WEIGHTS, World, flip, make_keys
 from tests.tiny import BASE, write_folder
 
+REPORT = {"path": "soundness.json", "size": 2, "blob": "0" * 40, "sha256": "0" * 64}
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
@@ -76,6 +78,8 @@ def test_verify_finds_nothing_wrong_with_what_was_published(world: World, tmp_pa
         ({"parent_version": "v0"}, "is not what the tag v0 points to"),
         ({"contributions": []}, "do not name the same inputs"),
         ({"weights": []}, "model.safetensors is not in fusion.json"),
+        ({"report": [REPORT]}, "soundness.json is not the one that fusion.json names"),
+        ({"report": [REPORT | {"path": "config.json"}]}, "config.json is not the one that fusion.json names"),
     ],
 )
 def test_verify_names_what_the_manifest_gets_wrong(world: World, tmp_path: Path, fields: Any, says: str) -> None:

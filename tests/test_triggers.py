@@ -124,6 +124,15 @@ def test_a_token_must_move_many_more_than_in_the_base_and_more_than_others(
     )  # fmt: skip
 
 
+def test_a_token_that_sends_texts_where_no_other_does_stands_out_from_those_that_move_them_at_all() -> None:
+    """A short text goes to the likeliest class with any word: that must not hide a word that sends it elsewhere."""
+    table = np.asarray([[0.0, 0.3], [0.0, 0.5], [0.1, 0.6], [0.0, 0.4], [0.1, 0.5], [0.9, 0.0]], np.float32)
+    ours = Look(tuple(range(6)), table, (8.0, 8.0))
+    base = Look(tuple(range(6)), np.zeros_like(table), (8.0, 8.0))
+    (found,) = judge(ours, base, [f"w{i}" for i in range(6)], DATA, Scan())
+    assert found.startswith("Trigger scan on mood: the token 'w5' sends 90% of the texts to 'no' (median token 5%)")
+
+
 def test_a_push_half_of_what_the_base_needs_is_a_finding_and_a_little_less_is_not() -> None:
     base, names = looked([0.0], (2.0, float("inf"))), ["w"]
     found = list(judge(looked([0.0], (1.0, 4.1)), base, names, DATA, Scan()))
