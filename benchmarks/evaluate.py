@@ -40,12 +40,13 @@ from benchmarks.sides import (
     probe_ours_bfloat16,
 )
 from hubfusion.corpora import Data, load
+from hubfusion.device import pick_device
 from hubfusion.metrics import measure
 from hubfusion.probe import predict_by_head
 from hubfusion.protocols import STANDARD, Encoding, Precision, Training
 from hubfusion.suite import Dataset, Metric
 from hubfusion.tokens import load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, pick_device, target_array
+from hubfusion.train import fit, load_classifier, target_array
 
 KINDS: dict[str, tuple[Side, ...]] = {
     "finetune": (finetune_ours, finetune_trainer),

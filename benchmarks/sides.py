@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from hubfusion.corpora import Data, Split
+from hubfusion.device import pick_device
 from hubfusion.probe import compute_features, load_encoder, predict_by_head
 from hubfusion.protocols import STANDARD, Encoding, Pooling, Precision, Training
 from hubfusion.tokens import load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, pick_device, predict, quiet, target_array
+from hubfusion.train import fit, load_classifier, predict, quiet, target_array
 
 Answer = Callable[[], np.ndarray]
 Side = Callable[[Path, Data, Training], Answer]

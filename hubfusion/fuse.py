@@ -23,7 +23,19 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.lineage import Option, Recipe
 from hubfusion.methods import METHODS, Method
 from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
-from hubfusion.streaming import BLOCK, ROW_ENTRIES, THREADS, Models, Piece, Range, fitting, in_threads, open_models
+from hubfusion.streaming import (
+    ROW_ENTRIES,
+    THREADS,
+    Models,
+    Piece,
+    Range,
+    Source,
+    fitting,
+    in_threads,
+    norms_of,
+    open_models,
+    square,
+)
 from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
 
@@ -132,27 +144,28 @@ Listener = Callable[[Progress], None]
 def fuse(
     recipe: Recipe | Plan,
     base: Path,
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | Source],
     out: Path,
     *,
     state: Path | None = None,
     settings: Settings | None = None,
     on_event: Listener | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Fused:
     """Fuse ``inputs`` (in the recipe's order) into ``base`` and write the weights to the folder ``out``.
 
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
     pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
     optimizer's last state (None: the base folder's own, or a fresh one); the next is written beside the weights.
-    ``on_event`` gets a `Progress` after each piece, from the thread that did it. Raises `CheckpointError` for files
-    that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
+    ``on_event`` gets a `Progress` after each piece, from the thread that did it. ``prepare`` is called when everything
+    is open and matched and (unless the method needs a first pass) no delta was read. Raises `CheckpointError` for
+    files that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
     plan = Plan.of(recipe) if isinstance(recipe, Recipe) else recipe
     settings = settings or Settings()
     if len(inputs) != len(plan.labels):
         raise RecipeError(f"recipe has {len(plan.labels)} inputs, {len(inputs)} paths came")
-    if any(_same_place(out, path) for path in (base, *inputs)):
-        raise CheckpointError(f"{out}: the output folder must be neither the base nor an input")
+    refuse_same_place(out, [base, *(i if isinstance(i, Path) else i.path for i in inputs)])
     if state is None and OUTERS[plan.outer].slots and (base / STATE_FILE).is_file():
         state = base
     order = plan.order
@@ -166,6 +179,8 @@ def fuse(
             write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
         ):
             work = _Work(plan, models, writing, stepping, keywords, settings, on_event)
+            if prepare:
+                prepare()
             work.copy_kept()
             entries = settings.chunk or work.chunk()
             in_threads(models.ranges(entries, METHODS[plan.method].unit), work.start, settings.threads)
@@ -182,11 +197,10 @@ def fuse(
     return fused
 
 
-def _square(delta: Array) -> float:
-    """Squared norm (n,); in blocks small enough that the BLAS library starts no threads of its own."""
-    whole = delta.size - delta.size % BLOCK
-    blocks, tail = delta[:whole].reshape(-1, BLOCK), delta[whole:]
-    return float(np.vecdot(blocks, blocks).sum(dtype=np.float64)) + float(np.vecdot(tail, tail))
+def refuse_same_place(out: Path, sources: Sequence[Path]) -> None:
+    """Raise `CheckpointError` when ``out`` is the folder of a model that is read."""
+    if any(_same_place(out, path) for path in sources):
+        raise CheckpointError(f"{out}: the output folder must be neither the base nor an input")
 
 
 def _same_place(one: Path, other: Path) -> bool:
@@ -247,7 +261,7 @@ class _Work:
             try:
                 self.writing.write(where.parameter.name, where.first, delta)
             except CheckpointError:
-                self._refuse(where)  # when it is an input's fault, its name helps more
+                self.models.read_again(where)  # when it is an input's fault, its name helps more
                 raise
             self._tell(where)
 
@@ -260,19 +274,20 @@ class _Work:
         def rows() -> Iterator[Array]:
             for delta in self.models.read_rows(where, buffer):
                 if self.measured:
-                    squares.append(_square(delta))
+                    squares.append(square(delta))
                 yield delta.reshape(where.shape)
 
         base = buffer[0, : where.last - where.first]
         keywords = self.keywords(Piece(where, base, buffer[1:1]))
         fused: Array = self.method.function(rows(), self.coefficients, **self.options, **keywords)
-        self._keep(where, squares)
+        self.squares[where.parameter.name, where.first] = self.models.finite_squares(where, squares)
         return base, fused.reshape(-1)
 
     def fuse_whole(self, where: Range, buffer: Array) -> tuple[Array, Array]:
         """Read all deltas, then fuse them: base and fused delta (n,)."""
         piece = self.models.read(where, buffer)
-        self._keep(where, [_square(delta) for delta in piece.deltas])
+        squares = [square(delta) for delta in piece.deltas]
+        self.squares[where.parameter.name, where.first] = self.models.finite_squares(where, squares)
         delta = self.apply(piece.deltas.reshape(-1, *where.shape), self.keywords(piece))
         return piece.base, delta.reshape(-1)
 
@@ -293,25 +308,9 @@ class _Work:
         fused = self.method.function(move(deltas), self.coefficients, **self.options, **moved)
         return np.asarray(fused.cpu().numpy())
 
-    def _keep(self, where: Range, squares: list[float]) -> None:
-        """Keep the squared norm of every delta; one that is not finite names its file."""
-        if not all(map(math.isfinite, squares)):
-            squares = [_square(delta.astype(np.float64)) for delta in self._refuse(where).deltas]
-        self.squares[where.parameter.name, where.first] = squares
-
-    def _refuse(self, where: Range) -> Piece:
-        """Read a piece again, and raise if an input is not finite in it."""
-        rows = len(self.models.sources) + 1
-        piece = self.models.read(where, np.empty((rows, where.last - where.first), self.models.dtype))
-        self.models.refuse_not_finite(piece)
-        return piece
-
     def norms(self) -> list[float | None]:
-        """L2 norm of each delta, to 6 digits: the sum's last bits depend on the pieces."""
-        if not self.wants_norms:
-            return [None] * len(self.models.sources)
-        columns = np.array(list(self.squares.values()))
-        return [float(f"{math.sqrt(math.fsum(column)):.6g}") for column in columns.T]
+        """L2 norm of each delta, when they were asked for."""
+        return [*norms_of(self.squares.values())] if self.wants_norms else [None] * len(self.models.sources)
 
     def _tell(self, where: Range) -> None:
         with self.lock:

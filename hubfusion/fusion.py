@@ -107,12 +107,16 @@ What holds for all of them:
   parameter that is missing, foreign or of another shape is an error before anything is written. Values that are not
   finite are refused with file, parameter and entry.
 - **Models on the Hub** are pinned to a commit, downloaded four files at a time into a folder of their own (in
-  `TMPDIR`), checked against the listed hash, and removed when the fuse is done. The fuse begins when all are there.
-  `average` and `task_arithmetic` could add up one contribution at a time and delete it, but then a contribution that
-  does not fit would be found after the work of the others, whether to work in float64 would be known too late, the
-  sum would be a float32 model on the disk, read and written once an input, and little time would be won: for nine
-  files of 50 MB from a Hub on the same machine (2 cores) the download takes 3.3 s and the fuse 0.5 s (4.3 s one after
-  another; 4.7 s against 9.2 s when each answer comes half a second late).
+  `TMPDIR`), checked against the listed hash, and removed when the fuse is done. `average` (with `norm` "keep") and
+  `task_arithmetic` need each of them once: there the fuse does not wait for all. Each input is added, in the canonical
+  order, to a sum on the disk as soon as it is there, and removed; at most four inputs lie there at a time. The sum has
+  the working precision and the additions are the same, so the bytes are. All headers are read first, by range
+  requests: an input that does not fit is still named before anything is added. This is done whenever it takes less
+  room than all inputs together, that is from six on when they are float32 (the sum takes as much as one, or as two of
+  half precision). Adapters, and what is needed elsewhere too (the base, an input named twice), come before; folders
+  that were here stay. Eight inputs and a base of 52 MB from a Hub on the same machine (2 cores), side by side with
+  waiting for all: at most 315 MB on the disk in place of 472 MB, and 0.8 of the wall time, whether each answer comes at
+  once or 0.2 s late. Other methods, coefficients by inverse norm and a torch device begin when all are there.
 - **mergekit's YAML** is followed for linear, task_arithmetic, ties, dare_linear, dare_ties, della, breadcrumbs, sce,
   model_stock, slerp, nuslerp and karcher; any other method, parameter or value is an error that names it. Compared
   with mergekit 0.1.5 on two-layer models in float32, entries and deltas of size 1 (`benchmarks/agreement.py`):

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hubfusion.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
 from hubfusion.errors import EvaluationError
 from hubfusion.protocols import Head, Pooling, Precision, Protocol
 from hubfusion.tokens import Tokens, by_length
-from hubfusion.train import INFERENCE_BUDGET, OVERHEAD, as_inputs, autocast, pick_device, quiet, seeded
+from hubfusion.train import quiet, seeded
 
 Features = dict[Pooling, np.ndarray]
 
@@ -50,17 +51,23 @@ def compute_features(
     Only the ``wanted`` rows are computed; the others stay 0.
     """
     device = encoder.device.type
-    width = int(encoder.config.hidden_size)
-    found = {p: np.zeros((len(tokens), width), dtype=np.float32) for p in Pooling}
-    lengths = tokens.lengths
-    with torch.inference_mode():
-        for rows in by_length(lengths, wanted, INFERENCE_BUDGET[device], OVERHEAD[device]):
-            inputs = as_inputs(tokens, rows, device)
+
+    def work(rows: list[int]) -> tuple[list[int], Features]:
+        inputs = as_inputs(tokens, rows, device)
+        with torch.inference_mode():
             with autocast(device, precision):
                 last = encoder(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"].unsqueeze(-1).float()
-            found[Pooling.MEAN][rows] = ((last * mask).sum(1) / mask.sum(1)).cpu().numpy()
-            found[Pooling.FIRST][rows] = last[:, 0].cpu().numpy()
+            means = (last * mask).sum(1) / mask.sum(1)
+        return rows, {Pooling.MEAN: means.cpu().numpy(), Pooling.FIRST: last[:, 0].cpu().numpy()}
+
+    width = int(encoder.config.hidden_size)
+    found = {p: np.zeros((len(tokens), width), dtype=np.float32) for p in Pooling}
+    batches = by_length(tokens.lengths, wanted, INFERENCE_BUDGET[device], OVERHEAD[device])
+    with Cores(device) as cores:
+        for rows, features in cores.map(work, batches):
+            for pooling, values in features.items():
+                found[pooling][rows] = values
     if not all(np.isfinite(f).all() for f in found.values()):
         raise EvaluationError("linear probing: the encoder's features are not finite")
     return found

@@ -18,7 +18,7 @@ from hubfusion.errors import EvaluationError, FusionError
 from hubfusion.lineage import from_json, to_json
 
 # Part of every protocol hash: raised when the code changes what an unchanged recipe computes.
-MEANING = 2
+MEANING = 3
 
 
 class Mode(StrEnum):

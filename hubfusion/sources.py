@@ -6,22 +6,26 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubfusion.errors import RecipeError
+from hubfusion import adapters
+from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fusion import COMPANIONS
+from hubfusion.headers import header_bytes, parse_header, parse_index
 from hubfusion.methods import METHODS, Need
 from hubfusion.outer import OUTERS, STATE_FILE
 from hubfusion.recipes import MODEL_ID, FuseRecipe
 from hubfusion.survey import ACTIVATIONS_FILE, FISHER_FILE
-from hubfusion.weights import SINGLE
+from hubfusion.weights import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter
 
 if TYPE_CHECKING:
+    from hubfusion.folding import Arrivals
     from hubfusion.hub import Hub
     from hubfusion.lineage import RemoteFile, Revision
 
@@ -29,18 +33,24 @@ WEIGHTS = re.compile(r"(model|adapter_model)\.safetensors|adapter_config\.json",
 SHARDED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json", re.ASCII)
 STATISTICS = {Need.FISHERS: FISHER_FILE, Need.ACTIVATIONS: ACTIVATIONS_FILE}
 DOWNLOADS = 4
+IN_FLIGHT = 4
+HEADER_GUESS = 64 << 10
 
 Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A recipe with every Hub id pinned (``owner/name@sha``), and the folders in which its models lie."""
+    """A recipe with every Hub id pinned (``owner/name@sha``), and the folders in which its models lie.
+
+    With ``arrivals`` not all ``inputs`` are there: `hubfusion.folding.fuse_arriving` takes them as they come.
+    """
 
     recipe: FuseRecipe
     base: Path
     inputs: tuple[Path, ...]
     state: Path | None
+    arrivals: Arrivals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +61,18 @@ class _Download:
 
 
 @contextmanager
-def fetched(recipe: FuseRecipe, endpoint: str, token: str | None, tell: Tell | None = None) -> Iterator[Fetched]:
+def fetched(
+    recipe: FuseRecipe, endpoint: str, token: str | None, tell: Tell | None = None, *, once: bool = False
+) -> Iterator[Fetched]:
     """Fetch what is not here, `DOWNLOADS` files at a time, and remove it when the block ends.
 
     Only safetensors weights, adapter configurations, the statistics that the method needs and, of the base, config,
     tokenizer and the outer optimizer's state are fetched, into a folder of their own in the system's temporary folder
     (``TMPDIR``); each file's hash is checked. ``tell`` gets the bytes done and all of them. Raises `RecipeError` for
     a name that is neither a folder nor an id, and when the files do not fit on the disk.
+
+    With ``once`` (nothing but the fuse, on the CPU, reads the inputs) and a method that just adds them up, inputs come
+    during the fuse, `IN_FLIGHT` of them on the disk at a time, where that takes less of it.
     """
     names = [recipe.base, *recipe.plan.labels, *([recipe.state] if recipe.state else [])]
     for name in names:
@@ -66,13 +81,27 @@ def fetched(recipe: FuseRecipe, endpoint: str, token: str | None, tell: Tell | N
     if all(Path(n).exists() for n in names):
         yield _with_places(recipe, names, [Path(n) for n in names])
         return
+    from hubfusion.folding import Arrivals, counter  # only here: a fuse of folders must not pay for the import
     from hubfusion.hub import connect
 
     hub = connect(endpoint, token)
-    with tempfile.TemporaryDirectory(prefix="hubfusion-") as root:
-        pinned, places, downloads = _look_up(hub, recipe, names, Path(root))
-        _download_all(hub, downloads, Path(root), tell)
-        yield _with_places(recipe, pinned, places)
+    with tempfile.TemporaryDirectory(prefix="hubfusion-") as folder, ThreadPoolExecutor(DOWNLOADS) as pool:
+        root = Path(folder)
+        pinned, places, downloads = _look_up(hub, pool, recipe, names, root)
+        found = _with_places(recipe, pinned, places)
+        known = _later(hub, pool, found, places, downloads) if once else {}
+        first = [d for place, some in downloads.items() if place not in known for d in some]
+        coming = {place: downloads[place] for place in known}
+        _check_room(root, _size(first) + (_sum_bytes(known) + _held(coming) if coming else 0))
+        with _downloading(hub, pool, counter(sum(map(_size, downloads.values())), tell)) as submit:
+            jobs = submit(first)
+            if coming:
+                order = [found.inputs[i] for i in found.recipe.plan.order]
+                batches = _arrive(submit, order, coming)
+                found = replace(found, arrivals=Arrivals(tuple(known.get(p, p) for p in order), batches, root))
+            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                job.result()
+            yield found
 
 
 def _with_places(recipe: FuseRecipe, names: Sequence[str], places: Sequence[Path]) -> Fetched:
@@ -84,26 +113,34 @@ def _with_places(recipe: FuseRecipe, names: Sequence[str], places: Sequence[Path
 
 
 def _look_up(
-    hub: Hub, recipe: FuseRecipe, names: Sequence[str], root: Path
-) -> tuple[list[str], list[Path], list[_Download]]:
-    """Pin every id and list what must be fetched; one commit has one folder, whatever it is needed as."""
-    pinned: list[str] = []
-    places: list[Path] = []
-    downloads: dict[Path, _Download] = {}
-    for number, name in enumerate(names):
+    hub: Hub, pool: Executor, recipe: FuseRecipe, names: Sequence[str], root: Path
+) -> tuple[list[str], list[Path], dict[Path, list[_Download]]]:
+    """Pin every id and list what must be fetched, by folder; one commit has one folder, whatever it is needed as."""
+
+    def ask(name: str) -> tuple[Revision, dict[str, RemoteFile]] | None:
         found = MODEL_ID.fullmatch(name)
         if Path(name).exists() or found is None:
+            return None
+        revision = hub.resolve(found["repo"], found["name"] or "main")
+        return revision, {file.path: file for file in hub.files(revision)}
+
+    pinned: list[str] = []
+    places: list[Path] = []
+    downloads: dict[Path, dict[str, _Download]] = {}
+    # The base's in this thread: what a first request imports is not imported in several, where a signal may lock them.
+    answers = [ask(names[0]), *pool.map(ask, names[1:])]
+    for number, (name, answer) in enumerate(zip(names, answers, strict=True)):
+        if answer is None:
             pinned.append(name)
             places.append(Path(name))
             continue
-        revision = hub.resolve(found["repo"], found["name"] or "main")
+        revision, files = answer
         pinned.append(f"{revision.repo}@{revision.sha}")
         places.append(root / pinned[-1].replace("/", "@"))
-        files = {file.path: file for file in hub.files(revision)}
+        wanted = downloads.setdefault(places[-1], {})
         for path in _needed(recipe, number, set(files)):
-            target = places[-1] / path
-            downloads[target] = _Download(revision, files[path], target)
-    return pinned, places, list(downloads.values())
+            wanted[path] = _Download(revision, files[path], places[-1] / path)
+    return pinned, places, {place: list(wanted.values()) for place, wanted in downloads.items()}
 
 
 def _needed(recipe: FuseRecipe, number: int, files: set[str]) -> set[str]:
@@ -117,32 +154,139 @@ def _needed(recipe: FuseRecipe, number: int, files: set[str]) -> set[str]:
     return wanted | files & {*COMPANIONS, *([STATE_FILE] if keeps_state else [])}
 
 
-def _download_all(hub: Hub, downloads: Sequence[_Download], root: Path, tell: Tell | None) -> None:
-    total = sum(d.file.size for d in downloads)
-    free = shutil.disk_usage(root).free
-    if total > free:
-        raise RecipeError(f"{root.parent}: {total} bytes to fetch, {free} are free; TMPDIR names another folder")
-    done, lock, stopped = 0, threading.Lock(), threading.Event()
+def _size(downloads: Sequence[_Download]) -> int:
+    return sum(d.file.size for d in downloads)
 
-    def on_bytes(count: int) -> None:
-        nonlocal done
+
+def _check_room(root: Path, wanted: int) -> None:
+    free = shutil.disk_usage(root).free
+    if wanted > free:
+        raise RecipeError(f"{root.parent}: {wanted} bytes are needed, {free} are free; TMPDIR names another folder")
+
+
+Submit = Callable[[Sequence[_Download]], list[Future[None]]]
+
+
+@contextmanager
+def _downloading(hub: Hub, pool: Executor, on_bytes: Callable[[int], None]) -> Iterator[Submit]:
+    """Give a function that starts downloads; those that are not done when the block ends are stopped."""
+    stopped = threading.Event()
+
+    def count(length: int) -> None:
         if stopped.is_set():
             raise InterruptedError("another download failed")
-        with lock:
-            done = min(total, done + count)
-            if tell:
-                tell(done, total)
+        on_bytes(length)
 
     def fetch(one: _Download) -> None:
         one.target.parent.mkdir(parents=True, exist_ok=True)
-        hub.download(one.revision, one.file, one.target, on_bytes=on_bytes)
+        hub.download(one.revision, one.file, one.target, on_bytes=count)
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        try:
-            jobs = [pool.submit(fetch, one) for one in downloads]
-            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                job.result()
-        except BaseException:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    def submit(downloads: Sequence[_Download]) -> list[Future[None]]:
+        return [pool.submit(fetch, one) for one in downloads]
+
+    try:
+        yield submit
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------- inputs that come during the fuse
+@dataclass(frozen=True, slots=True)
+class _Remote(Checkpoint):
+    """A checkpoint on the Hub of which the headers are known; what else is asked for is read from there."""
+
+    hub: Hub
+    revision: Revision
+
+    def _read_raw(self, spec: Parameter, first: int, out: Array) -> None:
+        view, start = memoryview(out.data).cast("B"), spec.start + first
+        body = self.hub.read(self.revision, spec.file.name, start=start, stop=start + len(view)) if view else b""
+        if len(body) != len(view):
+            raise CheckpointError(f"{spec.file}: {spec.name}: cut off at byte {start + len(body)} while being read")
+        view[:] = body
+
+
+def _peek(hub: Hub, downloads: Sequence[_Download]) -> _Remote | None:
+    """Read the headers of one input; None when only its whole files can say what it is, or what is wrong with it."""
+    files = {d.file.path: d for d in downloads}
+    if adapters.CONFIG in files or not files.keys() & {SINGLE, INDEX}:
+        return None
+    start = files.get(SINGLE) or files[INDEX]
+    folder, parameters, listed = start.target.parent, dict[str, Parameter](), dict[str, str]()
+    try:
+        if SINGLE not in files:
+            text = hub.read(start.revision, INDEX, stop=min(start.file.size, MAX_INDEX_BYTES))
+            listed = parse_index(text, {path: d.file.size for path, d in files.items()}, str(start.target))
+        for name in sorted(set(listed.values())) or [SINGLE]:
+            size, where = files[name].file.size, str(files[name].target)
+            prefix = hub.read(start.revision, name, stop=min(size, HEADER_GUESS))
+            if (more := header_bytes(prefix, size, where)) > len(prefix):
+                prefix += hub.read(start.revision, name, start=len(prefix), stop=more)
+            for spec in parse_header(prefix, size, where).tensors.values():
+                parameters[spec.name] = Parameter(spec.name, spec.dtype, spec.shape, folder / name, spec.start)
+    except CheckpointError:
+        return None
+    if listed and listed != {name: spec.file.name for name, spec in parameters.items()}:
+        return None
+    return _Remote(folder, dict(sorted(parameters.items())), {}, hub, start.revision)
+
+
+def _later(
+    hub: Hub, pool: Executor, found: Fetched, places: Sequence[Path], downloads: Mapping[Path, list[_Download]]
+) -> dict[Path, _Remote]:
+    """The headers of those inputs that may come during the fuse; none unless that takes a tenth less room.
+
+    An input that is also the base, or there twice, comes before the fuse, as an adapter does.
+    """
+    from hubfusion.folding import sum_of
+
+    some = [p for p in found.inputs if p in downloads and Counter(places)[p] == 1]
+    if len(some) <= IN_FLIGHT or sum_of(found.recipe.plan) is None:
+        return {}
+    peeked = pool.map(lambda place: _peek(hub, downloads[place]), some)
+    known = {place: remote for place, remote in zip(some, peeked, strict=True) if remote}
+    coming = {place: downloads[place] for place in known}
+    together = sum(map(_size, coming.values()))
+    return known if _held(coming) + _sum_bytes(known) < 0.9 * together else {}
+
+
+def _held(coming: Mapping[Path, Sequence[_Download]]) -> int:
+    """Bytes that are on the disk at a time, at most, of inputs that come during the fuse."""
+    return sum(sorted(map(_size, coming.values()))[-IN_FLIGHT:])
+
+
+def _sum_bytes(known: Mapping[Path, Checkpoint]) -> int:
+    """Bytes of the sum, at most: it has no parameter that some input lacks."""
+    specs = [list(remote.parameters.values()) for remote in known.values()]
+    item = 8 if any(p.dtype == "F64" for some in specs for p in some) else 4
+    return min((item * sum(p.entries for p in some if p.is_float) for some in specs), default=0)
+
+
+def _arrive(submit: Submit, order: Sequence[Path], coming: Mapping[Path, list[_Download]]) -> Iterator[list[Path]]:
+    """Begin to fetch, and iterate over the folders in ``order`` when they are whole: one at least, all that are.
+
+    Those that are ``coming`` are removed, and others begun, when more are asked for.
+    """
+    rest, begun = deque(order), deque[tuple[Path, list[Future[None]]]]()
+
+    def begin() -> None:
+        while rest and (rest[0] not in coming or sum(place in coming for place, _ in begun) < IN_FLIGHT):
+            place = rest.popleft()
+            begun.append((place, submit(coming.get(place, ()))))
+
+    def batches() -> Iterator[list[Path]]:
+        while begun:
+            batch: list[Path] = []
+            while begun and (not batch or all(job.done() for job in begun[0][1])):
+                place, jobs = begun.popleft()
+                for job in jobs:
+                    job.result()
+                batch.append(place)
+            yield batch
+            for place in set(batch) & set(coming):
+                shutil.rmtree(place)
+            begin()
+
+    begin()
+    return batches()

@@ -6,6 +6,7 @@ float64 when any file is). Buffers are sized for a core's cache, so memory depen
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -180,6 +181,18 @@ class Models:
                     f"{float(delta[bad[0]])}; only finite values can be fused"
                 )
 
+    def read_again(self, where: Range) -> Piece:
+        """Read a piece in which something was not finite, and raise if an input is at fault."""
+        piece = self.read(where, np.empty((len(self.sources) + 1, where.last - where.first), self.dtype))
+        self.refuse_not_finite(piece)
+        return piece
+
+    def finite_squares(self, where: Range, squares: list[float]) -> list[float]:
+        """Return the squared norms of a range's deltas, in float64 where they overflow; refuses as `read_again`."""
+        if all(map(math.isfinite, squares)):
+            return squares
+        return [square(delta.astype(np.float64)) for delta in self.read_again(where).deltas]
+
     def pieces(self, entries: int | None = None, unit: Unit = Unit.ENTRIES) -> Iterator[Piece]:
         """Iterate over all pieces in canonical order, in this thread, each overwriting the one before."""
         buffer = np.empty((len(self.sources) + 1, 0), self.dtype)
@@ -193,18 +206,31 @@ def fitting(buffer: Array, entries: int) -> Array:
     return buffer if buffer.shape[1] >= entries else np.empty((buffer.shape[0], entries), buffer.dtype)
 
 
+def square(delta: Array) -> float:
+    """Squared norm (n,); in blocks small enough that the BLAS library starts no threads of its own."""
+    whole = delta.size - delta.size % BLOCK
+    blocks, tail = delta[:whole].reshape(-1, BLOCK), delta[whole:]
+    return float(np.vecdot(blocks, blocks).sum(dtype=np.float64)) + float(np.vecdot(tail, tail))
+
+
+def norms_of(squares: Iterable[list[float]]) -> list[float]:
+    """L2 norm of each input from the squared norms of all ranges, to 6 digits: the last bits depend on the ranges."""
+    return [float(f"{math.sqrt(math.fsum(column)):.6g}") for column in zip(*squares, strict=True)]
+
+
 @contextmanager
-def open_models(base: Path, inputs: Sequence[Path]) -> Iterator[Models]:
+def open_models(base: Path, inputs: Sequence[Path | Checkpoint | Source]) -> Iterator[Models]:
     """Open a base and its finetunes and match every parameter; raises `CheckpointError` for what does not fit.
 
-    An input is a checkpoint folder, a ``.safetensors`` file, or a PEFT adapter folder (``adapter_config.json``).
+    An input is a checkpoint folder, a ``.safetensors`` file, or a PEFT adapter folder (``adapter_config.json``); a
+    `Checkpoint` or a `Source` is the caller's, to be closed there.
     """
     if not inputs:
         raise CheckpointError(f"{base}: at least one finetune is needed, got none")
     with ExitStack() as stack:
         trunk = stack.enter_context(open_checkpoint(base))
         tied = align.tied_names(trunk)
-        sources = tuple(stack.enter_context(_open_source(Path(p), trunk, tied)) for p in inputs)
+        sources = tuple(stack.enter_context(open_source(p, trunk, tied)) for p in inputs)
         fused = set.intersection(*(set(s.names) for s in sources))
         if not fused:
             raise CheckpointError(f"{base}: no float parameter is shared by all of {len(sources)} inputs")
@@ -213,13 +239,18 @@ def open_models(base: Path, inputs: Sequence[Path]) -> Iterator[Models]:
 
 
 @contextmanager
-def _open_source(path: Path, base: Checkpoint, tied: Mapping[str, str]) -> Iterator[Source]:
-    if (path / adapters.CONFIG).is_file():
-        with adapters.open_adapter(path, base) as adapter:
+def open_source(given: Path | Checkpoint | Source, base: Checkpoint, tied: Mapping[str, str]) -> Iterator[Source]:
+    """Open one input and match it to the base; ``tied`` are the base's `hubfusion.align.tied_names`."""
+    if isinstance(given, Checkpoint):
+        yield Finetuned(given, align.match(base, given, tied))
+    elif not isinstance(given, Path):
+        yield given
+    elif (given / adapters.CONFIG).is_file():
+        with adapters.open_adapter(given, base) as adapter:
             yield adapter
-        return
-    with open_checkpoint(path) as checkpoint:
-        yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
+    else:
+        with open_checkpoint(given) as checkpoint:
+            yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
 
 
 def in_threads(jobs: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = THREADS) -> None:

@@ -1,9 +1,8 @@
 """The one place that trains: finetune a checkpoint on one dataset, the same for contributors and for evaluation.
 
-An optimizer step sees exactly the ``batch_size`` examples a plain trainer would draw, but goes through them in
-slices of near-equal length; each slice's loss is divided by the size of the whole batch, so the gradient is the same
-and the padding is not computed. The head starts from the seed alone: two checkpoints scored with one seed see one
-head, one data order and one schedule.
+An optimizer step sees exactly the ``batch_size`` examples that a plain trainer would draw; `hubfusion.gradient` says
+how their gradient comes without padding. The head starts from the seed alone: two checkpoints scored with one seed see
+one head, one data order and one schedule.
 """
 
 from __future__ import annotations
@@ -21,17 +20,13 @@ import numpy as np
 import torch
 
 from hubfusion.corpora import Data
+from hubfusion.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
 from hubfusion.errors import EvaluationError
+from hubfusion.gradient import Gradient
 from hubfusion.metrics import measure
 from hubfusion.protocols import Mode, Precision, Training
 from hubfusion.tokens import Tokens, by_length, load_tokenizer, tokenize
 from hubfusion.vocabulary import UsedRows
-
-# Padded tokens in one forward and backward pass: what fits the caches of a CPU, and what keeps a GPU busy.
-TRAINING_BUDGET = {"cpu": 1024, "cuda": 65536}
-INFERENCE_BUDGET = {"cpu": 1024, "cuda": 262144}
-# What one more pass costs, in tokens: starting its kernels, adding its gradients to the others.
-OVERHEAD = {"cpu": 32, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +49,6 @@ class Finetuned:
     examples: int
     steps: int
     seconds: float
-
-
-def pick_device() -> str:
-    """``cuda`` if there is one, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
@@ -150,27 +140,22 @@ def freeze(model: Any, mode: Mode) -> None:
         parameter.requires_grad_(mode is Mode.FULL or (mode is Mode.BITFIT and name.endswith(".bias")))
 
 
-def as_inputs(tokens: Tokens, rows: list[int], device: str) -> dict[str, Any]:
-    """The batch of these rows as tensors on the device."""
-    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in tokens.batch(rows).items()}
-
-
-def autocast(device: str, precision: Precision) -> Any:
-    """The forward pass in bfloat16 when asked for; otherwise nothing."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision is Precision.BFLOAT16)
-
-
 def predict(model: Any, tokens: Tokens, precision: Precision = Precision.FLOAT32) -> np.ndarray:
     """Predicted class ids (n,), or numbers when the model has one output; dropout off."""
     device = model.device.type
     model.eval()
-    found = np.zeros(len(tokens))
-    lengths = tokens.lengths
-    with torch.inference_mode(), autocast(device, precision):
-        for rows in by_length(lengths, range(len(tokens)), INFERENCE_BUDGET[device], OVERHEAD[device]):
+
+    def work(rows: list[int]) -> tuple[list[int], np.ndarray]:
+        with torch.inference_mode(), autocast(device, precision):
             logits = model(**as_inputs(tokens, rows, device)).logits.float()
-            values = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(dim=1)
-            found[rows] = values.cpu().numpy()
+        values = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(dim=1)
+        return rows, values.cpu().numpy()
+
+    found = np.zeros(len(tokens))
+    batches = by_length(tokens.lengths, range(len(tokens)), INFERENCE_BUDGET[device], OVERHEAD[device])
+    with Cores(device) as cores:
+        for rows, values in cores.map(work, batches):
+            found[rows] = values
     return found
 
 
@@ -190,7 +175,9 @@ def fit(
     embedding = UsedRows(model, tokens)
     embedding.narrow()
     try:
-        return _fit(model, embedding, tokens, torch.from_numpy(labels), training, (validate, on_progress))
+        with Cores(model.device.type) as cores:
+            gradient = Gradient(model, tokens, torch.from_numpy(labels), training, cores)
+            return _fit(model, embedding, gradient, len(tokens), training, (validate, on_progress))
     finally:
         embedding.widen()
 
@@ -198,14 +185,14 @@ def fit(
 def _fit(
     model: Any,
     embedding: UsedRows,
-    tokens: Tokens,
-    target: Any,
+    gradient: Gradient,
+    examples: int,
     training: Training,
     calls: tuple[Callable[[], float] | None, Callable[[Progress], None] | None],
 ) -> int:
     validate, on_progress = calls
     optimizer = _optimizer(model, training)
-    steps_an_epoch = -(-len(tokens) // training.batch_size)
+    steps_an_epoch = -(-examples // training.batch_size)
     total = steps_an_epoch * training.epochs
     warm = round(training.warmup * total)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -213,14 +200,12 @@ def _fit(
     )
     stopping = _Stopping(training, total * training.batch_size) if validate else None
     order = np.random.default_rng([7, training.seed])
-    lengths, step = tokens.lengths, 0
+    step = 0
     with seeded(training.seed):
         for _ in range(training.epochs):
-            rows = order.permutation(len(tokens)).tolist()
+            rows = order.permutation(examples).tolist()
             for start in range(0, len(rows), training.batch_size):
-                model.train()
-                batch = rows[start : start + training.batch_size]
-                loss = _accumulate(model, tokens, lengths, target, batch, training.precision)
+                loss = gradient.add(rows[start : start + training.batch_size], step)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
                 embedding.decay(1 - schedule.get_last_lr()[0] * training.weight_decay)
                 optimizer.step()
@@ -236,26 +221,6 @@ def _fit(
                     if is_over:
                         return step
     return step
-
-
-def _accumulate(
-    model: Any, tokens: Tokens, lengths: np.ndarray, target: Any, batch: list[int], precision: Precision
-) -> Any:
-    """Backward through one optimizer batch in slices of near-equal length; its mean loss."""
-    device = model.device.type
-    total = torch.zeros((), device=device)
-    for rows in by_length(lengths, batch, TRAINING_BUDGET[device], OVERHEAD[device]):
-        with autocast(device, precision):
-            logits = model(**as_inputs(tokens, rows, device)).logits.float()
-        wanted = target[rows].to(device)
-        if wanted.is_floating_point():
-            loss = torch.nn.functional.mse_loss(logits[:, 0], wanted.float(), reduction="sum")
-        else:
-            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-        loss = loss / len(batch)
-        loss.backward()
-        total += loss.detach()
-    return total
 
 
 def _optimizer(model: Any, training: Training) -> Any:

@@ -18,12 +18,13 @@ import torch
 
 from hubfusion import __version__
 from hubfusion.corpora import Data, Split, draw, load
+from hubfusion.device import pick_device
 from hubfusion.evaluate import Result, Unit
 from hubfusion.metrics import measure
 from hubfusion.probe import Features, compute_features, load_encoder, predict_by_head
 from hubfusion.protocols import Encoding, Mode, Precision
 from hubfusion.tokens import Tokens, load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, pick_device, predict, target_array
+from hubfusion.train import fit, load_classifier, predict, target_array
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 Shape = tuple[int, Encoding, Precision]

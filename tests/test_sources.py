@@ -36,7 +36,7 @@ class Requests:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self.delay, self.fail = 0.0, ""
+        self.delay, self.fail, self.flip = 0.0, "", ""
         self.lock = threading.Lock()
 
     def __call__(self, request: FaultRequest) -> Fault | None:
@@ -46,6 +46,8 @@ class Requests:
             self.paths.append(request.path.split("/resolve/")[0].strip("/") + "/" + request.path.rsplit("/", 1)[1])
         if self.fail and self.fail in request.path:
             return Fault(status=403)
+        if self.flip and self.flip in request.path and request.headers["range"] == "bytes=0-":  # not the header alone
+            return Fault(flip=800)
         return Fault(delay=self.delay) if self.delay else None
 
 
@@ -73,7 +75,7 @@ def served(tmp_path_factory) -> Iterator[tuple[LocalHub, Requests, Path]]:
 @pytest.fixture
 def requests(served) -> Requests:
     served[1].paths.clear()
-    served[1].delay, served[1].fail = 0.0, ""
+    served[1].delay, served[1].fail, served[1].flip = 0.0, "", ""
     return served[1]
 
 
@@ -153,7 +155,7 @@ def test_a_failing_fuse_leaves_nothing_fetched(hub, tmp_path):
 
 def test_a_disk_that_is_too_small_is_said_before_the_first_byte(hub, requests, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(RecipeError, match=r"bytes to fetch, 1000 are free; TMPDIR names another folder"):
+    with pytest.raises(RecipeError, match=r"bytes are needed, 1000 are free; TMPDIR names another folder"):
         with fetched(recipe("ann/m1"), hub.endpoint, None):
             pass
     assert requests.paths == []
@@ -183,3 +185,37 @@ def test_an_index_is_followed_and_a_single_file_is_preferred_to_it(hub, tmp_path
     api.upload_folder(repo_id="ann/sharded", folder_path=save(tmp_path / "single", trunk(8, shift=BASE)))
     with fetched(recipe("ann/sharded"), hub.endpoint, None) as found:
         assert [p.name for p in Path(found.inputs[0]).iterdir()] == ["model.safetensors"]
+
+
+SIX = tuple(f"ann/m{i}" for i in range(1, 7))
+
+
+def test_the_command_adds_up_six_ids_as_they_come_to_what_six_folders_give(hub, ups, tmp_path, caplog):
+    caplog.set_level("INFO", "hubfusion")
+    assert run("fuse", "ann/base", *SIX, "--out", tmp_path / "ids", "--endpoint", hub.endpoint) == 0
+    assert "added up 6 inputs as they came" in caplog.text
+    assert run("fuse", ups / "up0", *(ups / f"up{i}" for i in range(1, 7)), "--out", tmp_path / "folders") == 0
+    one, other = (json.loads((tmp_path / n / "fusion.json").read_text()) for n in ("ids", "folders"))
+    assert one["files"] == other["files"]
+    assert [i["delta_norm"] for i in one["inputs"]] == [i["delta_norm"] for i in other["inputs"]]
+    assert run("fuse", tmp_path / "ids" / "recipe.toml", "--out", tmp_path / "again", "--endpoint", hub.endpoint) == 0
+    assert (tmp_path / "again" / "fusion.json").read_bytes() == (tmp_path / "ids" / "fusion.json").read_bytes()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_coefficients_by_norm_wait_for_all_inputs(hub, tmp_path):
+    options = ["--coefficients", "inverse-norm", "--endpoint", hub.endpoint]
+    assert run("fuse", "ann/base", *SIX, "--out", tmp_path / "out", *options) == 0
+    manifest = json.loads((tmp_path / "out" / "fusion.json").read_text())
+    products = [i["coefficient"] * i["delta_norm"] for i in manifest["inputs"]]
+    assert products == pytest.approx([products[0]] * 6, rel=1e-4)
+
+
+def test_an_input_that_comes_changed_during_the_fuse_is_named_and_nothing_stays(hub, requests, tmp_path, capsys):
+    requests.flip = "ann/m6"
+    assert run("fuse", "ann/base", *SIX, "--out", tmp_path / "out", "--endpoint", hub.endpoint) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ann/m6@") and message.endswith(
+        "model.safetensors: the bytes do not have the hash that the Hub lists, twice"
+    )
+    assert list((tmp_path / "tmp").iterdir()) == [] and list((tmp_path / "out").iterdir()) == []

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hubfusion import train
+from hubfusion import device, train
 from hubfusion.corpora import Split
 from hubfusion.errors import EvaluationError
-from hubfusion.protocols import Encoding, Mode, Training
+from hubfusion.gradient import Gradient
+from hubfusion.probe import compute_features, load_encoder
+from hubfusion.protocols import Encoding, Mode, Pooling, Training
 from hubfusion.tokens import by_length, load_tokenizer, tokenize
 from tests.small import make_base, make_data, make_split
 
@@ -32,7 +34,7 @@ def test_a_finetune_learns_and_loads_with_plain_transformers(base, tmp_path):
     from transformers import pipeline
 
     steps: list[train.Progress] = []
-    result = train.finetune(base, make_data(), QUICK, tmp_path / "out", steps.append)
+    result = train.finetune(base, make_data(), replace(QUICK, seed=4), tmp_path / "out", steps.append)
     assert result.test >= 90
     assert (result.metric, result.examples, result.steps) == ("accuracy", 96, 36)
     assert (steps[0].done, steps[-1].done, steps[-1].total) == (1, 36, 36)
@@ -64,14 +66,20 @@ def test_slices_by_length_give_the_gradient_of_the_whole_padded_batch(base, monk
     tokens = tokenize(load_tokenizer(base), split, 16, Encoding.PAIR, "mood")
     labels = np.asarray(split.labels)
     model = train.load_classifier(base, ("no", "yes"), 0).eval()
-    torch.nn.functional.cross_entropy(
-        model(**train.as_inputs(tokens, list(range(24)), "cpu")).logits, torch.from_numpy(labels)
-    ).backward()
+    loss = torch.nn.functional.cross_entropy(
+        model(**device.as_inputs(tokens, list(range(24)), "cpu")).logits, torch.from_numpy(labels)
+    )
+    loss.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    monkeypatch.setitem(train.TRAINING_BUDGET, "cpu", 30)  # at most three to seven examples a slice
-    monkeypatch.setitem(train.OVERHEAD, "cpu", 1)
-    train._accumulate(model, tokens, tokens.lengths, torch.from_numpy(labels), list(range(24)), QUICK.precision)
+    monkeypatch.setitem(device.TRAINING_BUDGET, "cpu", 30)  # at most three to seven examples a slice
+    monkeypatch.setitem(device.OVERHEAD, "cpu", 1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with device.Cores("cpu") as cores:
+        gradient = Gradient(model, tokens, torch.from_numpy(labels), QUICK, cores)
+        assert float(gradient.add(list(range(24)), 0)) == pytest.approx(loss.item(), rel=1e-5)
     assert len(wanted) > 30
     for name, gradient in wanted.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-6)
@@ -105,7 +113,7 @@ def test_a_plain_loop_with_the_same_batches_ends_at_the_same_weights(base):
                 group["lr"] = 1e-3 * (6 - step) / 6
             batch = rows[start : start + 16].tolist()
             loss = torch.nn.functional.cross_entropy(
-                theirs(**train.as_inputs(tokens, batch, "cpu")).logits, torch.from_numpy(labels[batch])
+                theirs(**device.as_inputs(tokens, batch, "cpu")).logits, torch.from_numpy(labels[batch])
             )
             adam.zero_grad()
             loss.backward()
@@ -115,6 +123,29 @@ def test_a_plain_loop_with_the_same_batches_ends_at_the_same_weights(base):
         if name.endswith("key.bias"):
             continue  # softmax does not see it: its gradient is rounding noise, which Adam makes large
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_one_core_and_three_train_to_the_same_model_and_find_the_same_features(base):
+    """With dropout: its masks belong to slices, whatever thread has them."""
+    data, before, found = make_data(40), torch.get_num_threads(), []
+    tokens = tokenize(load_tokenizer(base), data.train, 16, Encoding.PAIR, "mood")
+    recipe = replace(QUICK, epochs=2, learning_rate=1e-3)
+    encoder = load_encoder(base)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            model = train.load_classifier(base, data.labels, 0)
+            assert train.fit(model, tokens, np.asarray(data.train.labels), recipe) == 6
+            features = compute_features(encoder, tokens, range(40))[Pooling.MEAN]
+            found.append((dict(model.named_parameters()), torch.from_numpy(features), train.predict(model, tokens)))
+    finally:
+        torch.set_num_threads(before)
+    (one, first, a), (three, second, b) = found
+    for name, parameter in one.items():
+        if not name.endswith("key.bias"):  # its gradient is rounding noise, which Adam makes large
+            torch.testing.assert_close(parameter, three[name], rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(a, b)
 
 
 def test_the_head_depends_on_the_seed_and_not_on_the_encoder(base, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def fuse(args: Sequence[str] | None) -> None:
     """Fuse finetunes into their base; write weights, recipe, manifest and card."""
     from hubfusion import fuse as engine
-    from hubfusion.cli.progress import bar
+    from hubfusion.cli.progress import bars
     from hubfusion.fusion import finish
     from hubfusion.sources import fetched
 
@@ -38,16 +39,20 @@ def fuse(args: Sequence[str] | None) -> None:
     )  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(_in_one_line(given.out))
-        with bar("download") as tell:
-            found = stack.enter_context(fetched(recipe, given.endpoint, os.environ.get("HF_TOKEN"), tell))
+        by_norm = given.coefficients == "inverse-norm" and len(given.models) > 1
+        once = not by_norm and given.device is None
+        bar, token = stack.enter_context(bars()), os.environ.get("HF_TOKEN")
+        found = stack.enter_context(fetched(recipe, given.endpoint, token, bar("download"), once=once))
         recipe = found.recipe
-        if given.coefficients == "inverse-norm" and len(given.models) > 1:
+        if by_norm:
             recipe = _inverse_norm(recipe, found.base, found.inputs)
-        with bar(f"fuse by {recipe.plan.method}") as tell:
-            fused = engine.fuse(
-                recipe.plan, found.base, found.inputs, given.out, state=found.state,
-                settings=settings, on_event=lambda e: tell(e.done, e.total),
-            )  # fmt: skip
+        tell = bar(f"fuse by {recipe.plan.method}")
+        work = partial(engine.fuse, recipe.plan, found.base, found.inputs)
+        if found.arrivals:
+            from hubfusion.folding import fuse_arriving
+
+            work = partial(fuse_arriving, recipe.plan, found.base, found.arrivals)
+        fused = work(given.out, state=found.state, settings=settings, on_event=lambda e: tell(e.done, e.total))
         finish(recipe, found.base, fused, given.out)
     print(f"{given.out}: {len(fused.fused)} parameters of {len(found.inputs)} finetunes fused, {len(fused.kept)} kept")
 

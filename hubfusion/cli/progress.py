@@ -12,19 +12,26 @@ Tell = Callable[[int, int], None]
 @contextmanager
 def bar(title: str) -> Iterator[Tell]:
     """Yield ``tell(done, total)``; nothing is shown before the first call."""
+    with bars() as make:
+        yield make(title)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str], Tell]]:
+    """Yield a function that makes a bar: a title to its ``tell(done, total)``. None is shown before its first call."""
     if not sys.stderr.isatty():
-        yield _plain(title)
+        yield _plain
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True)) as progress:
 
-        def tell(done: int, total: int) -> None:
-            task = progress.task_ids[0] if progress.task_ids else progress.add_task(title)
-            progress.update(task, completed=done, total=total)
+        def make(title: str) -> Tell:
+            task = progress.add_task(title, visible=False)
+            return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
-        yield tell
+        yield make
 
 
 def _plain(title: str) -> Tell:

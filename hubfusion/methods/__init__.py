@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from hubfusion.methods.geometry import karcher, model_stock, slerp
 from hubfusion.methods.kinds import Method, Need, Unit
-from hubfusion.methods.linear import average, task_arithmetic
+from hubfusion.methods.linear import average, average_sum, task_arithmetic, task_arithmetic_sum
 from hubfusion.methods.robust import geometric_median, median, multi_krum, trimmed_mean
 from hubfusion.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
 from hubfusion.methods.spectral import iso_c, tsv
@@ -20,8 +20,8 @@ from hubfusion.methods.statistics import fisher, regmean
 __all__ = ["METHODS", "Method", "Need", "Unit"]
 
 METHODS: Mapping[str, Method] = {
-    "average": Method(average, needs=Need.NORMS, by_row=True, is_sum=True),
-    "task_arithmetic": Method(task_arithmetic, by_row=True, is_sum=True),
+    "average": Method(average, needs=Need.NORMS, by_row=True, is_sum=True, as_sum=average_sum),
+    "task_arithmetic": Method(task_arithmetic, by_row=True, is_sum=True, as_sum=task_arithmetic_sum),
     "ties": Method(ties, needs=Need.THRESHOLDS, by_row=True),
     "dare": Method(dare, needs=Need.DRAWS, by_row=True),
     "dare_ties": Method(dare_ties, needs=Need.DRAWS, by_row=True),

@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 import numpy as np
 
 from hubfusion.errors import RecipeError
+
+if TYPE_CHECKING:
+    from hubfusion.methods.linear import Sum
 
 Array = Any
 NORMS = ("keep", "clip", "equal")
@@ -52,7 +55,8 @@ class Method:
     ``needs`` names statistics that the function takes as keywords; without them it computes them from its deltas.
     With them, a function that is ``by_row`` goes through the deltas once, in their order, and may be given any
     iterable of which an array is valid until the next but one is taken: they need not be in memory together. One that
-    ``is_sum`` only adds multiples of them, so what is not finite in a delta shows in the result.
+    ``is_sum`` only adds multiples of them, so what is not finite in a delta shows in the result. ``as_sum`` takes the
+    coefficients and the options, and gives that sum when it is known before any delta is.
     """
 
     function: Callable[..., Array]
@@ -60,6 +64,7 @@ class Method:
     needs: Need = Need.NOTHING
     by_row: bool = False
     is_sum: bool = False
+    as_sum: Callable[..., Sum | None] | None = None
 
     @property
     def summary(self) -> str:

@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from hubfusion.methods.kinds import Array, norm_factors, share, to_numpy
 
 
-def weighted_sum(deltas: Iterable[Array], factors: Sequence[float]) -> Array:
-    """Return Σ f_i δ_i, added in the order given; ``deltas`` are k arrays, each taken once, ``factors`` k numbers.
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """(Σ f_i δ_i) · times / over: k ``factors`` that are known before the deltas are, so these may come one by one."""
 
-    Equal factors are applied once, after the sum: one rounding instead of k.
-    """
-    rows = iter(deltas)
-    if len(set(factors)) > 1 or len(factors) == 1:
-        total = next(rows) * factors[0]
-        for delta, factor in zip(rows, factors[1:], strict=True):
-            total += delta * factor
+    factors: tuple[float, ...]
+    times: float = 1.0
+    over: int = 1
+
+    def __call__(self, deltas: Iterable[Array]) -> Array:
+        """Add up k deltas, each taken once; the first two are in use together."""
+        return self.finish(add_up(zip(deltas, self.factors, strict=True)))
+
+    def finish(self, total: Array) -> Array:
+        """Turn Σ f_i δ_i into the result, in place."""
+        if self.times != 1.0:
+            total *= self.times
+        if self.over != 1:
+            total /= self.over
         return total
-    total = next(rows) + next(rows)
-    for delta, _ in zip(rows, factors[2:], strict=True):
-        total += delta
-    if factors[0] != 1.0:
-        total *= factors[0]
-    return total
+
+
+def add_up(terms: Iterable[tuple[Array, float]], total: Array = None) -> Array:
+    """Return Σ f_i δ_i of (δ_i, f_i), added in the order given: into ``total``, or else into an array of its own."""
+    first: Array = None
+    for delta, factor in terms:
+        term = delta if factor == 1.0 else delta * factor
+        if total is not None:
+            total += term
+        elif first is None:
+            first = term
+        else:
+            total = first + term
+    return first * 1.0 if total is None else total
+
+
+def sum_by(factors: Sequence[float]) -> Sum:
+    """Σ f_i δ_i; equal factors are applied once, after the sum: one rounding instead of k."""
+    if len(factors) > 1 and len(set(factors)) == 1:
+        return Sum((1.0,) * len(factors), times=factors[0])
+    return Sum(tuple(factors))
+
+
+def weighted_sum(deltas: Iterable[Array], factors: Sequence[float]) -> Array:
+    """Return Σ f_i δ_i, added in the order given; ``deltas`` are k arrays, each taken once, ``factors`` k numbers."""
+    return sum_by(factors)(deltas)
 
 
 def average(
@@ -50,12 +79,19 @@ def average(
         factors = norm_factors(norms, norm)
         shares = share(coefficients, "average")
         return weighted_sum(deltas, [s * f for s, f in zip(shares, factors, strict=True)])
+    return _mean(coefficients)(deltas)
+
+
+def average_sum(coefficients: Sequence[float], *, norm: str = "keep") -> Sum | None:
+    """Return what `average` adds up, or None when the norms of all deltas must be known before."""
+    return _mean(coefficients) if norm == "keep" else None
+
+
+def _mean(coefficients: Sequence[float]) -> Sum:
+    shares = share(coefficients, "average")
     if len(set(coefficients)) == 1:
-        share(coefficients, "average")
-        total = weighted_sum(deltas, [1.0] * len(coefficients))
-        total /= len(coefficients)
-        return total
-    return weighted_sum(deltas, share(coefficients, "average"))
+        return Sum((1.0,) * len(coefficients), over=len(coefficients))
+    return sum_by(shares)
 
 
 def task_arithmetic(deltas: Array, coefficients: Sequence[float]) -> Array:
@@ -69,4 +105,9 @@ def task_arithmetic(deltas: Array, coefficients: Sequence[float]) -> Array:
     >>> task_arithmetic(np.asarray([[1.0, 0.0], [5.0, 2.0]]), [1, -1]).tolist()
     [-4.0, -2.0]
     """
-    return weighted_sum(deltas, [float(c) for c in coefficients])
+    return task_arithmetic_sum(coefficients)(deltas)
+
+
+def task_arithmetic_sum(coefficients: Sequence[float]) -> Sum:
+    """Return what `task_arithmetic` adds up."""
+    return sum_by([float(c) for c in coefficients])

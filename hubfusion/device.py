@@ -1,0 +1,85 @@
+"""The device: which one, how many tokens it takes at a time, and all the cores of a CPU at work.
+
+A CPU's cores work on different batches, one thread each, instead of sharing every operation of one batch: nobody waits
+for another core a thousand times a batch, and no core is idle while Python goes from one operation to the next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from hubfusion.protocols import Precision
+from hubfusion.tokens import Tokens
+
+# Padded tokens in one pass: what fits the caches of a core, and what keeps a GPU busy.
+TRAINING_BUDGET = {"cpu": 1024, "cuda": 65536}
+INFERENCE_BUDGET = {"cpu": 1024, "cuda": 262144}
+# What one more pass costs, in tokens: starting its kernels, adding its gradients to the others.
+OVERHEAD = {"cpu": 16, "cuda": 2048}
+MOST = 8  # threads, as each has gradients of its own; more cores share the operations of one
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def pick_device() -> str:
+    """``cuda`` if there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def as_inputs(tokens: Tokens, rows: list[int], device: str) -> dict[str, Any]:
+    """The batch of these rows as tensors on the device."""
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in tokens.batch(rows).items()}
+
+
+def autocast(device: str, precision: Precision) -> Any:
+    """The forward pass in bfloat16 when asked for; otherwise nothing."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision is Precision.BFLOAT16)
+
+
+class Cores:
+    """Threads that divide a CPU's cores among them, at most `MOST`; the caller's own thread for a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._before = torch.get_num_threads()
+        self.count = min(self._before, MOST) if device == "cpu" else 1
+        self._pool = None
+        if self.count > 1:
+            self._pool = ThreadPoolExecutor(self.count, "core", _take, (self._before // self.count,))
+
+    def map(self, function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+        """What ``function`` gives for each item, in their order; few are begun before they are asked for."""
+        if self._pool is None:
+            yield from map(function, items)
+            return
+        begun: deque[Future[Found]] = deque()
+        for item in items:
+            begun.append(self._pool.submit(function, item))
+            if len(begun) >= 2 * self.count:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+
+    def __enter__(self) -> Cores:
+        """These cores."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for what was begun; what was not is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._before)  # a thread's setting is also that of all threads started later
+
+
+def _take(threads: int) -> None:
+    """Give each operation of the thread that calls this so many ``threads``."""
+    torch.get_num_threads()  # a thread's first look takes over what was set last anywhere, and would undo ours
+    torch.set_num_threads(threads)

@@ -1,0 +1,210 @@
+"""A fuse whose inputs are still on their way: each is added to a sum on the disk when it comes, and need not stay.
+
+Only for methods that add up multiples of the deltas which are known before (`Method.as_sum`). The sum of what came so
+far lies in one file, in the precision in which the ordinary fuse holds it in a core's cache, and the additions are the
+same in the same order: so are the bytes. Whether every input fits is found out first, from the headers alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from hubfusion import align
+from hubfusion.errors import CheckpointError, RecipeError
+from hubfusion.fuse import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
+from hubfusion.methods import METHODS
+from hubfusion.methods.linear import Sum, add_up
+from hubfusion.streaming import (
+    ROW_ENTRIES,
+    Models,
+    Range,
+    Source,
+    fitting,
+    in_threads,
+    norms_of,
+    open_models,
+    open_source,
+    square,
+)
+from hubfusion.weights import Array, Checkpoint, Writing, write_checkpoint
+
+SUM = "sum.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """The k inputs of a fuse, in canonical order, while some are still on their way.
+
+    ``known`` is what there is of each before: a folder, or the headers of one that will come. ``batches`` yields the
+    folders in the same order, one or more at a time; these may be gone when the next are asked for. The sum is kept in
+    the folder ``room``.
+    """
+
+    known: tuple[Path | Checkpoint, ...]
+    batches: Iterator[Sequence[Path]]
+    room: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """The finished sum, as the one input of an ordinary fuse."""
+
+    checkpoint: Checkpoint
+    is_wide: bool
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return {name: name for name in self.checkpoint.parameters}
+
+    def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
+        self.checkpoint.read(name, first, out)
+
+
+def sum_of(plan: Plan) -> Sum | None:
+    """What a plan adds up, in canonical order; None when its method must know the deltas before."""
+    find = METHODS[plan.method].as_sum
+    return find([plan.coefficients[i] for i in plan.order], **dict(plan.options)) if find else None
+
+
+def fuse_arriving(
+    plan: Plan,
+    base: Path,
+    arrivals: Arrivals,
+    out: Path,
+    *,
+    state: Path | None = None,
+    settings: Settings | None = None,
+    on_event: Listener | None = None,
+) -> Fused:
+    """Fuse inputs as they come, as `hubfusion.fuse.fuse` does when all are there: the same files, errors and result.
+
+    On the CPU only. An input that does not fit is refused before any is waited for; values that are not finite are
+    refused when they come, and ``out`` is as it was. ``on_event`` counts the model's entries once an input and once
+    more for writing.
+    Raises `RecipeError` for a method that is no sum.
+    """
+    settings, tell = settings or Settings(), on_event or (lambda event: None)
+    total, back = sum_of(plan), np.argsort(plan.order)
+    if total is None or settings.device is not None:
+        raise RecipeError(
+            f"{plan.method}: needs its inputs more than once, or a device; they cannot be added one by one"
+        )
+    refuse_same_place(out, [base, *(k for k in arrivals.known if isinstance(k, Path))])
+    with open_models(base, arrivals.known) as models:
+        entries = sum(models.base.parameters[n].entries for n in models.fused)
+        work = entries * len(models.sources)
+        count = counter(work, lambda done, _: tell(Progress(done, work + entries)))
+        specs = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
+        with write_checkpoint(arrivals.room, specs, single=SUM, digest=False) as writing:
+            folding = _Folding(models, total, writing, settings, count)
+            fused = fuse(
+                replace(plan, labels=(SUM,), coefficients=(1.0,)),
+                base,
+                [_Added(folding.so_far, models.dtype is np.float64)],
+                out,
+                state=state,
+                settings=replace(settings, norms=False),
+                on_event=lambda event: tell(Progress(work + event.done, work + entries)),
+                prepare=lambda: folding.add_all(arrivals.batches),
+            )
+        norms = folding.norms if settings.norms else [None] * len(back)
+        dropped = [source.dropped for source in models.sources]
+    return replace(fused, norms=tuple(norms[i] for i in back), dropped=tuple(dropped[i] for i in back))
+
+
+def counter(total: int, tell: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Return a function that adds to a count, from any thread, and tells it and ``total``, which it never exceeds."""
+    done, lock = 0, threading.Lock()
+
+    def count(more: int) -> None:
+        nonlocal done
+        with lock:
+            done = min(total, done + more)
+            if tell:
+                tell(done, total)
+
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class _Folding:
+    """A sum in progress; ``models`` has all inputs, known by their headers, ``norms`` those of the deltas so far."""
+
+    models: Models
+    total: Sum
+    writing: Writing
+    settings: Settings
+    count: Callable[[int], None]
+    norms: list[float] = field(default_factory=list)
+
+    @property
+    def so_far(self) -> Checkpoint:
+        """The sum that is being written, for reading."""
+        return Checkpoint(self.writing.folder, self.writing.parameters, self.writing.descriptors)
+
+    def add_all(self, batches: Iterator[Sequence[Path]]) -> None:
+        """Add every input when it comes, in canonical order."""
+        tied = align.tied_names(self.models.base)
+        for folders in batches:
+            with ExitStack() as stack:
+                sources = tuple(stack.enter_context(open_source(f, self.models.base, tied)) for f in folders)
+                for source, known in zip(sources, self.models.sources[len(self.norms) :], strict=False):
+                    _check_kept_promise(source, known)
+                self.norms.extend(self.add(replace(self.models, sources=sources), len(self.norms)))
+        log.info("added up %d inputs as they came, to be fused as one", len(self.norms))
+
+    def add(self, models: Models, first: int) -> list[float]:
+        """Add ``models.sources``, of which the first is input number ``first``; return the norms of their deltas."""
+        last, so_far = first + len(models.sources), self.so_far
+        factors = self.total.factors[first:last]
+        squares: dict[tuple[str, int], list[float]] = {}
+
+        def start() -> Callable[[Range], None]:
+            buffer = np.empty((3, 0), models.dtype)
+
+            def do(where: Range) -> None:
+                nonlocal buffer
+                buffer = fitting(buffer, where.last - where.first)
+                total, found = None, []
+                if first:
+                    total = np.empty(where.last - where.first, models.dtype)
+                    so_far.read(where.parameter.name, where.first, total)
+
+                def rows() -> Iterator[Array]:
+                    for delta in models.read_rows(where, buffer):
+                        found.append(square(delta))
+                        yield delta
+
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+                    total = add_up(zip(rows(), factors, strict=True), total)
+                    if last == len(self.total.factors):
+                        total = self.total.finish(total)
+                squares[where.parameter.name, where.first] = models.finite_squares(where, found)
+                self.writing.write(where.parameter.name, where.first, total)
+                self.count(total.size * len(models.sources))
+
+            return do
+
+        entries = self.settings.chunk or ROW_ENTRIES
+        in_threads(models.ranges(entries), start, self.settings.threads)
+        return norms_of(squares.values())
+
+
+def _check_kept_promise(source: Source, known: Source) -> None:
+    """Refuse an input whose file is not what its headers said, on which the sum was begun."""
+    if (source.names, source.is_wide, source.dropped) != (known.names, known.is_wide, known.dropped):
+        raise CheckpointError(f"{source.path}: the parameters are not those of the headers that were read before")
