@@ -16,8 +16,8 @@ import numpy as np
 
 from hubfusion.weights import Array
 
-MAX_HELD = 1 << 22
-SAMPLE = 1 << 20
+MAX_HELD = 3 << 20
+SAMPLE, LARGEST_SAMPLE = 1 << 20, 2 << 20
 SPREAD = 6.0
 
 Stream = Callable[[int], Iterator[Array]]
@@ -66,16 +66,17 @@ def select(
     rank: int,
     dtype: type[np.floating[Any]] = np.float32,
     max_held: int | None = None,
-    sample: int = SAMPLE,
+    sample: int | None = None,
 ) -> tuple[float, list[float]]:
     """Return the ``rank``-th largest number as `nth_largest` does, and the energies of what comes with the largest.
 
     ``stream`` yields numbers (n,) with rows (k, n); the energies are k sums of squares, in float64, over the places
-    whose number is at least the one returned. About ``sample`` numbers are looked at first.
+    whose number is at least the one returned. About ``sample`` numbers (a million or two) are looked at first.
     """
     if not 1 <= rank <= entries:
         raise ValueError(f"rank must be in [1, {entries}], got {rank}")
     max_held = max_held or MAX_HELD
+    sample = sample or min(LARGEST_SAMPLE, max(SAMPLE, entries // 256))
     known = (0.0, math.inf)
     low, high = known
     if entries > min(max_held, 4 * sample):
@@ -95,7 +96,10 @@ def select(
             return low, bracket.energies.tolist()
         elif bracket.stride == 1:
             held, rows = np.concatenate(bracket.held), np.concatenate(bracket.rows, axis=1)
-            found = float(np.partition(held, held.size - inside)[held.size - inside])
+            bracket.held.clear()
+            ordered = held.copy() if len(rows) else held
+            ordered.partition(held.size - inside)
+            found = float(ordered[held.size - inside])
             return found, (bracket.energies + _energies(rows, held >= found)).tolist()
         else:
             known = (low, high)
@@ -113,12 +117,15 @@ def _energies(rows: Array, chosen: Array) -> Array:
 
 
 def _narrow(sample: Array, share: float, low: float, high: float) -> tuple[float, float]:
-    """Bracket the number that has ``share`` of all above it, from a sample; never wider than (low, high)."""
+    """Bracket the number that has ``share`` of all above it, from a sample; never wider than (low, high).
+
+    The sample is put in another order.
+    """
     size = sample.size
     middle, slack = share * size, SPREAD * math.sqrt(size * share * (1 - share)) + 8
     first, last = math.floor(middle - slack), math.ceil(middle + slack)
     pivots = [min(size - 1, max(0, size - 1 - math.floor(p))) for p in (first, middle, last)]
-    sample = np.partition(sample, pivots)
+    sample.partition(pivots)
     upper = float(sample[pivots[0]]) if first >= 0 else high
     lower = float(sample[pivots[2]]) if last < size else low
     if (lower, upper) != (low, high):
