@@ -280,8 +280,8 @@ NOTES = """## Reading these figures
 
 The floor is `cat` of the finetunes to nowhere and of one of them to a new file: one core, no arithmetic. A fuse reads
 the base as well, subtracts it from every finetune (so that sums lose no digits), checks that everything is finite, and
-starts an interpreter: 0.15 s for a fuse of nothing, two thirds of it numpy, and 0.02 s to check 1,800 header entries. The
-rest of an average is the kernel copying pages, which is what `cat` does too, and two threads take half of one's time.
+starts an interpreter: 0.15 s for a fuse of nothing, two thirds of it numpy, and 0.02 s to check 1,800 header entries.
+The rest of an average is the kernel copying pages, which is what `cat` does too; two threads take half of one's time.
 Whether that makes up for the start depends on the machine's hour: turn by turn with `cat`, without the sampling of
 memory, five rounds each, the whole process took 0.92 times `cat` in one hour and 1.10 times in another on the same
 virtual machine; above 16 inputs the start no longer shows.
