@@ -17,7 +17,7 @@ from hubfusion.errors import RecipeError
 from hubfusion.evaluate import Evaluated
 from hubfusion.gate import Decision, decide
 from hubfusion.isolate import Culprit, Trial, isolate
-from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile
+from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile, divided_by
 from hubfusion.protocols import Protocol
 from hubfusion.scores import Scores
 from hubfusion.soundness import Report, clip_bound, clip_factors
@@ -92,9 +92,8 @@ class Bench:
         scale makes up for it: these methods give c times the result for c times the updates.
         """
         settings = self.job.fuse
-        coefficients, scale = tuple(self.factors[c.revision] for c in chosen), settings.scale
-        if settings.method == "average":  # it divides by the sum of its coefficients: (1/k) Σ factor·τ is wanted
-            scale *= sum(coefficients) / len(coefficients)
+        coefficients = tuple(self.factors[c.revision] for c in chosen)
+        scale = settings.scale * divided_by(settings.method, coefficients)  # (1/k) Σ factor·τ is wanted
         options = dict(settings.options)
         if settings.clip and not settings.clips_by_coefficients:
             options["norm"] = "clip"

@@ -8,7 +8,6 @@ same in the same order: so are the bytes. Whether every input fits is found out 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from hubfusion.streaming import (
     Models,
     Range,
     Source,
+    counter,
     fitting,
     in_threads,
     norms_of,
@@ -124,20 +124,6 @@ def fuse_arriving(
         norms = folding.norms if settings.norms else [None] * len(back)
         dropped = [source.dropped for source in models.sources]
     return replace(fused, norms=tuple(norms[i] for i in back), dropped=tuple(dropped[i] for i in back))
-
-
-def counter(total: int, tell: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """Return a function that adds to a count, from any thread, and tells it and ``total``, which it never exceeds."""
-    done, lock = 0, threading.Lock()
-
-    def count(more: int) -> None:
-        nonlocal done
-        with lock:
-            done = min(total, done + more)
-            if tell:
-                tell(done, total)
-
-    return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from hubfusion.streaming import (
     Piece,
     Range,
     Source,
+    counter,
     fitting,
     in_threads,
     norms_of,
@@ -221,7 +221,7 @@ class _Work:
         settings: Settings,
         on_event: Listener | None,
     ) -> None:
-        self.models, self.writing, self.keywords, self.on_event = models, writing, keywords, on_event
+        self.models, self.writing, self.keywords = models, writing, keywords
         self.stepping, self.device = stepping, settings.device
         self.method: Method = METHODS[plan.method]
         self.wants_norms = settings.norms
@@ -229,10 +229,9 @@ class _Work:
         self.options: Mapping[str, Any] = dict(plan.options)
         self.scale = plan.scale
         self.coefficients = [plan.coefficients[i] for i in plan.order]
-        self.total = sum(models.base.parameters[n].entries for n in models.fused)
-        self.done = 0
+        entries = sum(models.base.parameters[n].entries for n in models.fused)
+        self.count = counter(entries, (lambda done, total: on_event(Progress(done, total))) if on_event else None)
         self.squares: dict[tuple[str, int], list[float]] = {}
-        self.lock = threading.Lock()
 
     @property
     def by_row(self) -> bool:
@@ -263,7 +262,7 @@ class _Work:
             except CheckpointError:
                 self.models.read_again(where)  # when it is an input's fault, its name helps more
                 raise
-            self._tell(where)
+            self.count(where.last - where.first)
 
         return do
 
@@ -311,12 +310,6 @@ class _Work:
     def norms(self) -> list[float | None]:
         """L2 norm of each delta, when they were asked for."""
         return [*norms_of(self.squares.values())] if self.wants_norms else [None] * len(self.models.sources)
-
-    def _tell(self, where: Range) -> None:
-        with self.lock:
-            self.done += where.last - where.first
-            if self.on_event:
-                self.on_event(Progress(self.done, self.total))
 
     def copy_kept(self, step: int = 1 << 20) -> None:
         """Copy the base's bytes of every parameter that is not fused."""

@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -162,6 +162,17 @@ class Recipe:
             raise FusionError(
                 f"recipe: one coefficient per input, got {len(self.coefficients)} for {len(self.inputs)} inputs"
             )
+
+
+def divided_by(method: str, coefficients: Sequence[float]) -> float:
+    """What a method divides Σ α_i τ_i by beyond the number of inputs: the mean α for ``average``, else 1.
+
+    The bot clips updates by their coefficients; a recipe's scale must give back what is divided away.
+
+    >>> divided_by("average", (1.0, 0.5)), divided_by("task_arithmetic", (1.0, 0.5))
+    (0.75, 1.0)
+    """
+    return sum(coefficients) / len(coefficients) if method == "average" else 1.0
 
 
 def to_json(value: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
 from hubfusion.fuse import fuse
 from hubfusion.hub import Hub
-from hubfusion.lineage import Recipe, RemoteFile, Revision
+from hubfusion.lineage import Recipe, RemoteFile, Revision, divided_by
 from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
 from hubfusion.screen import path_problem
 from hubfusion.signature import SIGNATURE, UNSIGNED, Identity, check_signature
@@ -243,7 +243,5 @@ def _leave_out(recipe: Recipe, out: tuple[Revision, ...]) -> Recipe | None:
     if not kept:
         return None
     inputs, coefficients = zip(*kept, strict=True)
-    scale = recipe.scale
-    if recipe.method == "average":  # the bot clips by coefficients, and its scale gives back what their sum divides by
-        scale *= sum(coefficients) / len(coefficients) / (sum(recipe.coefficients) / len(recipe.coefficients))
+    scale = recipe.scale * (divided_by(recipe.method, coefficients) / divided_by(recipe.method, recipe.coefficients))
     return dataclasses.replace(recipe, inputs=inputs, coefficients=coefficients, scale=scale)

@@ -21,6 +21,7 @@ from hubfusion.headers import header_bytes, parse_header, parse_index
 from hubfusion.methods import METHODS, Need
 from hubfusion.outer import OUTERS, STATE_FILE
 from hubfusion.recipes import MODEL_ID, FuseRecipe
+from hubfusion.streaming import counter
 from hubfusion.survey import ACTIVATIONS_FILE, FISHER_FILE
 from hubfusion.weights import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter
 
@@ -81,7 +82,7 @@ def fetched(
     if all(Path(n).exists() for n in names):
         yield _with_places(recipe, names, [Path(n) for n in names])
         return
-    from hubfusion.folding import Arrivals, counter  # only here: a fuse of folders must not pay for the import
+    from hubfusion.folding import Arrivals  # only here: a fuse of folders must not pay for the import
     from hubfusion.hub import connect
 
     hub = connect(endpoint, token)

@@ -253,6 +253,20 @@ def open_source(given: Path | Checkpoint | Source, base: Checkpoint, tied: Mappi
             yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
 
 
+def counter(total: int, tell: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Return a function that adds to a count, from any thread, and tells it and ``total``, which it never exceeds."""
+    done, lock = 0, threading.Lock()
+
+    def count(more: int) -> None:
+        nonlocal done
+        with lock:
+            done = min(total, done + more)
+            if tell:
+                tell(done, total)
+
+    return count
+
+
 def in_threads(jobs: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = THREADS) -> None:
     """Do every job, each thread with a function of its own (its buffers) made by ``worker()``.
 
