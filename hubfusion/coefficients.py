@@ -57,5 +57,5 @@ def by_inverse_norm(norms: Sequence[float]) -> tuple[float, ...]:
 def delta_norms(base: Path, inputs: Sequence[Path]) -> tuple[float, ...]:
     """L2 norm of each input's delta over the parameters that all share, in one pass."""
     with open_models(base, inputs) as models:
-        squares = np.sum([np.diag(gram)[1:] for gram in grams(models).values()], axis=0)
+        squares = np.sum([np.diag(gram)[1:] for gram in grams(models, models.workers(None)).values()], axis=0)
     return tuple(np.sqrt(squares).tolist())

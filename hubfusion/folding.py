@@ -27,13 +27,13 @@ from hubfusion.streaming import (
     Source,
     counter,
     fitting,
-    in_threads,
     norms_of,
     open_models,
     open_source,
     square,
 )
 from hubfusion.weights import Array, Checkpoint, Writing, write_checkpoint
+from hubfusion.workers import spread
 
 SUM = "sum.safetensors"
 
@@ -110,7 +110,7 @@ def fuse_arriving(
         count = counter(work, lambda done, _: tell(Progress(done, work + entries)))
         specs = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with write_checkpoint(arrivals.room, specs, single=SUM, digest=False) as writing:
-            folding = _Folding(models, total, writing, settings, count)
+            folding = _Folding(models, total, writing, settings, models.workers(settings.workers), count)
             fused = fuse(
                 replace(plan, labels=(SUM,), coefficients=(1.0,)),
                 base,
@@ -134,6 +134,7 @@ class _Folding:
     total: Sum
     writing: Writing
     settings: Settings
+    workers: int
     count: Callable[[int], None]
     norms: list[float] = field(default_factory=list)
 
@@ -157,12 +158,11 @@ class _Folding:
         """Add ``models.sources``, of which the first is input number ``first``; return the norms of their deltas."""
         last, so_far = first + len(models.sources), self.so_far
         factors = self.total.factors[first:last]
-        squares: dict[tuple[str, int], list[float]] = {}
 
-        def start() -> Callable[[Range], None]:
+        def start() -> Callable[[Range], list[float]]:
             buffer = np.empty((3, 0), models.dtype)
 
-            def do(where: Range) -> None:
+            def do(where: Range) -> list[float]:
                 nonlocal buffer
                 buffer = fitting(buffer, where.last - where.first)
                 total, found = None, []
@@ -176,18 +176,21 @@ class _Folding:
                         yield delta
 
                 with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
-                    total = add_up(zip(rows(), factors, strict=True), total)
+                    total = add_up(zip(rows(), factors, strict=True), total, owned=True)
                     if last == len(self.total.factors):
                         total = self.total.finish(total)
-                squares[where.parameter.name, where.first] = models.finite_squares(where, found)
+                found = models.finite_squares(where, found)
                 self.writing.write(where.parameter.name, where.first, total)
-                self.count(total.size * len(models.sources))
+                return found
 
             return do
 
         entries = self.settings.chunk or ROW_ENTRIES
-        in_threads(models.ranges(entries), start, self.settings.threads)
-        return norms_of(squares.values())
+        squares = []
+        for where, found in spread(models.ranges(entries), start, self.workers):
+            squares.append(found)
+            self.count((where.last - where.first) * len(models.sources))
+        return norms_of(squares)
 
 
 def _check_kept_promise(source: Source, known: Source) -> None:

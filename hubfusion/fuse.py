@@ -2,7 +2,7 @@
 
 A piece of the base and of every input is read, the method turns the deltas into one, and the sum is written; nothing
 larger than a piece is ever in memory. The same recipe over the same bytes gives the same bytes, whatever the number
-of threads, the size of pieces, the shards of the inputs or their order: inputs are taken in a canonical order (by
+of workers, the size of pieces, the shards of the inputs or their order: inputs are taken in a canonical order (by
 repository and commit), deltas are float32 (float64 when any file is), and the result is rounded once.
 """
 
@@ -24,20 +24,19 @@ from hubfusion.methods import METHODS, Method
 from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
 from hubfusion.streaming import (
     ROW_ENTRIES,
-    THREADS,
     Models,
     Piece,
     Range,
     Source,
     counter,
     fitting,
-    in_threads,
     norms_of,
     open_models,
     square,
 )
 from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
+from hubfusion.workers import spread
 
 DEVICE_ENTRIES = 1 << 23
 ON_DEVICE = ("base", "fishers")
@@ -103,12 +102,13 @@ class Settings:
     """How the work is done: on the CPU none of it changes a byte of the result.
 
     ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
-    there, a piece at a time, with the device's own rounding of sums and products. ``digest`` False saves reading the
-    output once more for its sha256, ``norms`` False measuring the deltas.
+    there, a piece at a time, with the device's own rounding of sums and products. ``workers`` are processes, or threads
+    where a fork is not safe (`hubfusion.workers`); None takes one for a small model, else as many as there are cores,
+    at most four. ``digest`` False saves the sha256 of the output, ``norms`` False measuring the deltas.
     """
 
     device: str | None = None
-    threads: int = THREADS
+    workers: int | None = None
     chunk: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     digest: bool = True
@@ -157,7 +157,7 @@ def fuse(
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
     pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
     optimizer's last state (None: the base folder's own, or a fresh one); the next is written beside the weights.
-    ``on_event`` gets a `Progress` after each piece, from the thread that did it. ``prepare`` is called when everything
+    ``on_event`` gets a `Progress` when pieces are done. ``prepare`` is called when everything
     is open and matched and (unless the method needs a first pass) no delta was read. Raises `CheckpointError` for
     files that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
@@ -171,7 +171,8 @@ def fuse(
     order = plan.order
     with ExitStack() as stack:
         models = stack.enter_context(open_models(base, [inputs[i] for i in order]))
-        keywords = survey(plan.method, dict(plan.options), models, stack, settings.threads)
+        workers = models.workers(settings.workers)
+        keywords = survey(plan.method, dict(plan.options), models, stack, workers)
         specs = list(models.base.parameters.values())
         steps = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with (
@@ -183,7 +184,9 @@ def fuse(
                 prepare()
             work.copy_kept()
             entries = settings.chunk or work.chunk()
-            in_threads(models.ranges(entries, METHODS[plan.method].unit), work.start, settings.threads)
+            pieces = models.ranges(entries, METHODS[plan.method].unit)
+            for where, squares in spread(pieces, work.start, workers, fork=settings.device is None):
+                work.took(where, squares)
         norms = work.norms()
         back = np.argsort(order)
         fused = Fused(
@@ -209,7 +212,7 @@ def _same_place(one: Path, other: Path) -> bool:
 
 
 class _Work:
-    """One fuse in progress: what its threads share."""
+    """One fuse in progress: what its workers share."""
 
     def __init__(
         self,
@@ -244,15 +247,15 @@ class _Work:
             return DEVICE_ENTRIES
         return ROW_ENTRIES if self.by_row else self.models.chunk()
 
-    def start(self) -> Callable[[Range], None]:
-        """Return the work of one thread: a function of a range, with buffers of its own."""
+    def start(self) -> Callable[[Range], list[float]]:
+        """Return the work of one worker: a function from a range to its deltas' squared norms, with own buffers."""
         buffer = np.empty((3 if self.by_row else len(self.models.sources) + 1, 0), self.models.dtype)
 
-        def do(where: Range) -> None:
+        def do(where: Range) -> list[float]:
             nonlocal buffer
             buffer = fitting(buffer, where.last - where.first)
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
-                base, delta = (self.fuse_rows if self.by_row else self.fuse_whole)(where, buffer)
+                base, delta, squares = (self.fuse_rows if self.by_row else self.fuse_whole)(where, buffer)
             if self.scale != 1.0:
                 delta *= self.scale
             delta = self.stepping.step(where.parameter.name, where.first, base, delta)
@@ -262,33 +265,39 @@ class _Work:
             except CheckpointError:
                 self.models.read_again(where)  # when it is an input's fault, its name helps more
                 raise
-            self.count(where.last - where.first)
+            return squares
 
         return do
 
-    def fuse_rows(self, where: Range, buffer: Array) -> tuple[Array, Array]:
-        """Read and fuse one delta after another: base and fused delta (n,)."""
+    def took(self, where: Range, squares: list[float]) -> None:
+        """Take note of a piece that is done."""
+        self.squares[where.parameter.name, where.first] = squares
+        self.writing.digest(where.parameter.name, where.first, where.last)
+        self.stepping.digest(where.parameter.name, where.first, where.last)
+        self.count(where.last - where.first)
+
+    def fuse_rows(self, where: Range, buffer: Array) -> tuple[Array, Array, list[float]]:
+        """Read and fuse one delta after another: base and fused delta (n,), squared norms."""
         squares: list[float] = []
+        shape = where.shape
 
         def rows() -> Iterator[Array]:
             for delta in self.models.read_rows(where, buffer):
                 if self.measured:
                     squares.append(square(delta))
-                yield delta.reshape(where.shape)
+                yield delta.reshape(shape)
 
         base = buffer[0, : where.last - where.first]
         keywords = self.keywords(Piece(where, base, buffer[1:1]))
         fused: Array = self.method.function(rows(), self.coefficients, **self.options, **keywords)
-        self.squares[where.parameter.name, where.first] = self.models.finite_squares(where, squares)
-        return base, fused.reshape(-1)
+        return base, fused.reshape(-1), self.models.finite_squares(where, squares)
 
-    def fuse_whole(self, where: Range, buffer: Array) -> tuple[Array, Array]:
-        """Read all deltas, then fuse them: base and fused delta (n,)."""
+    def fuse_whole(self, where: Range, buffer: Array) -> tuple[Array, Array, list[float]]:
+        """Read all deltas, then fuse them: base and fused delta (n,), squared norms."""
         piece = self.models.read(where, buffer)
-        squares = [square(delta) for delta in piece.deltas]
-        self.squares[where.parameter.name, where.first] = self.models.finite_squares(where, squares)
+        squares = self.models.finite_squares(where, [square(delta) for delta in piece.deltas])
         delta = self.apply(piece.deltas.reshape(-1, *where.shape), self.keywords(piece))
-        return piece.base, delta.reshape(-1)
+        return piece.base, delta.reshape(-1), squares
 
     def apply(self, deltas: Array, keywords: Mapping[str, Any]) -> Array:
         """Apply the method to the deltas of a piece, in numpy or on the device."""
@@ -317,3 +326,4 @@ class _Work:
             for first in range(0, self.models.base.parameters[name].size, step):
                 last = min(first + step, self.models.base.parameters[name].size)
                 self.writing.write_bytes(name, first, self.models.base.read_bytes(name, first, last))
+            self.writing.digest(name, 0, self.models.base.parameters[name].entries)

@@ -179,6 +179,12 @@ class Stepping:
             self.next.write(f"{slot}.{name}", first, values)
         return update
 
+    def digest(self, name: str, first: int, last: int) -> None:
+        """Take these entries of the state, which are written, into its sha256 (`hubfusion.weights.Writing.digest`)."""
+        for slot in self.outer.slots:
+            assert self.next is not None
+            self.next.digest(f"{slot}.{name}", first, last)
+
     def _read(self, slot: str, name: str, first: int, base: Array) -> Array:
         own = f"{slot}.{name}"
         if self.last is not None and own in self.last.parameters:

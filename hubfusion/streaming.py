@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,14 +20,11 @@ from hubfusion import adapters, align
 from hubfusion.errors import CheckpointError
 from hubfusion.methods.kinds import Unit
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
+from hubfusion.workers import suited
 
 BLOCK = 8192
 BUFFER_ENTRIES = 1 << 20
 ROW_ENTRIES = 3 << 16
-THREADS = 2
-FREED_BYTES = 24 << 20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +147,10 @@ class Models:
         """Entries a piece may have so that the buffers of one thread stay in a core's cache."""
         return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1) // BLOCK * BLOCK)
 
+    def workers(self, asked: int | None) -> int:
+        """How many workers a walk over these models gets (`hubfusion.workers.suited`)."""
+        return suited(sum(self.base.parameters[n].entries for n in self.fused) * (len(self.sources) + 1), asked)
+
     def read(self, where: Range, buffer: Array) -> Piece:
         """Read one piece into ``buffer`` (k + 1, at least n)."""
         for _ in self.read_rows(where, buffer):
@@ -158,15 +159,15 @@ class Models:
         return Piece(where, buffer[0, :size], buffer[1:, :size])
 
     def read_rows(self, where: Range, buffer: Array) -> Iterator[Array]:
-        """Read the base into ``buffer[0]`` and yield the deltas (n,), in turns in the other rows of ``buffer``.
+        """Read the base into ``buffer[0]`` and yield the deltas (n,), in the other rows of ``buffer``.
 
-        With two other rows a delta is valid until the next but one is taken; with k, as long as the buffer is.
+        With fewer than k of them the last is used again and again: a delta in it is valid until the next is taken.
         """
         size = where.last - where.first
         base = buffer[0, :size]
         self.base.read(where.parameter.name, where.first, base)
         for number, source in enumerate(self.sources):
-            out = buffer[1 + number % (len(buffer) - 1), :size]
+            out = buffer[min(1 + number, len(buffer) - 1), :size]
             source.read_delta(where.parameter.name, where.first, base, out)
             yield out
 
@@ -265,38 +266,3 @@ def counter(total: int, tell: Callable[[int, int], None] | None) -> Callable[[in
                 tell(done, total)
 
     return count
-
-
-def in_threads(jobs: Iterable[T], worker: Callable[[], Callable[[T], None]], threads: int = THREADS) -> None:
-    """Do every job, each thread with a function of its own (its buffers) made by ``worker()``.
-
-    The first exception stops all threads and is raised here.
-    """
-    queue, lock = iter(jobs), threading.Lock()
-    # Once a mapped block of this size was freed, glibc serves smaller ones from memory it keeps: the formulas'
-    # temporaries then cost no page faults (a hundredfold fewer of them, and a third of DARE's time).
-    np.empty(FREED_BYTES, np.uint8)
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            do = worker()
-            while not failures:
-                with lock:
-                    job = next(queue, queue)
-                if job is queue:
-                    return
-                do(job)  # type: ignore[arg-type]
-        except BaseException as error:  # noqa: B036 raised again below, in the caller's thread
-            failures.append(error)
-
-    if threads < 1:
-        raise CheckpointError(f"threads must be at least 1, got {threads}")
-    others = [threading.Thread(target=run, daemon=True) for _ in range(threads - 1)]
-    for thread in others:
-        thread.start()
-    run()
-    for thread in others:
-        thread.join()
-    if failures:
-        raise failures[0]

@@ -7,7 +7,6 @@ and returns a function from a piece to the keywords of the method.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -18,8 +17,9 @@ from hubfusion.errors import CheckpointError
 from hubfusion.methods import METHODS, Need, sparse
 from hubfusion.methods.draws import draw_rows
 from hubfusion.selection import MAX_HELD, Rows, nth_largest, select
-from hubfusion.streaming import ROW_ENTRIES, THREADS, Models, Piece, Range, fitting, in_threads
+from hubfusion.streaming import ROW_ENTRIES, Models, Piece, Range, fitting
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
+from hubfusion.workers import spread
 
 STREAM_ENTRIES = 1 << 16
 SAMPLE_ENTRIES = 1 << 10
@@ -31,77 +31,76 @@ Options = Mapping[str, Any]
 Keywords = Callable[[Piece], dict[str, Any]]
 
 
-def survey(method: str, options: Options, models: Models, stack: ExitStack, threads: int = THREADS) -> Keywords:
+def survey(method: str, options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     """Return the statistics keywords of ``method`` for each piece; ``stack`` closes the files that it opens."""
     spec = METHODS[method]
     options = {**spec.options, **options}
     find = SURVEYS[spec.needs]
-    return find(options, models, stack, threads)
+    return find(options, models, stack, workers)
 
 
-def _nothing(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _nothing(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     return lambda piece: {}
 
 
-def _norms(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _norms(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     if options["norm"] == "keep":
         return lambda piece: {}
-    squares = np.sum([np.diag(gram)[1:] for gram in grams(models, threads).values()], axis=0)
+    squares = np.sum([np.diag(gram)[1:] for gram in grams(models, workers).values()], axis=0)
     norms = np.sqrt(squares).tolist()
     return lambda piece: {"norms": norms}
 
 
-def _gram(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
-    each = {name: gram[1:, 1:] for name, gram in grams(models, threads).items()}
+def _gram(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
+    each = {name: gram[1:, 1:] for name, gram in grams(models, workers).items()}
     if options.get("scope", "model") == "parameter":
         return lambda piece: {"gram": each[piece.range.parameter.name]}
     whole = np.sum(list(each.values()), axis=0)
     return lambda piece: {"gram": whole}
 
 
-def _sphere(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
-    each = grams(models, threads)
+def _sphere(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
+    each = grams(models, workers)
     if options["space"] == "deltas":
         return lambda piece: {"gram": each[piece.range.parameter.name][1:, 1:]}
     whole = {n: g[:1, :1] + g[:1, 1:] + g[1:, :1] + g[1:, 1:] for n, g in each.items()}
     return lambda piece: {"gram": whole[piece.range.parameter.name], "base": piece.base.reshape(piece.range.shape)}
 
 
-def grams(models: Models, threads: int = THREADS) -> dict[str, Array]:
+def grams(models: Models, workers: int) -> dict[str, Array]:
     """Inner products of the base and the k deltas, a parameter at a time: name to (k + 1, k + 1) in float64.
 
-    Sums are float64 over fixed blocks, in a fixed order: the same bits for any number of threads.
+    Sums are float64 over fixed blocks, in a fixed order: the same bits for any number of workers.
     """
     rows = len(models.sources) + 1
     block = max(1, SMALL_GEMM // rows**2)
-    found: dict[tuple[str, int], Array] = {}
 
-    def start() -> Callable[[Range], None]:
+    def start() -> Callable[[Range], Array]:
         buffer = np.empty((rows, STREAM_ENTRIES), models.dtype)
         wide = np.empty((rows, STREAM_ENTRIES), np.float64)
 
-        def do(where: Range) -> None:
+        def do(where: Range) -> Array:
             size = where.last - where.first
             models.read(where, buffer)
             wide[:, :size] = buffer[:, :size]
             whole = size - size % block
             blocks = wide[:, :whole].reshape(rows, -1, block).swapaxes(0, 1)
             tail = wide[:, whole:size]
-            total = np.matmul(blocks, blocks.swapaxes(1, 2)).sum(axis=0) + tail @ tail.T
+            total: Array = np.matmul(blocks, blocks.swapaxes(1, 2)).sum(axis=0) + tail @ tail.T
             if not np.isfinite(total).all():
                 models.refuse_not_finite(Piece(where, buffer[0, :size], buffer[1:, :size]))
-            found[where.parameter.name, where.first] = total
+            return total
 
         return do
 
-    in_threads(models.ranges(STREAM_ENTRIES), start, threads)
+    found = {(w.parameter.name, w.first): gram for w, gram in spread(models.ranges(STREAM_ENTRIES), start, workers)}
     totals: dict[str, Array] = {name: np.zeros((rows, rows)) for name in models.fused}
     for (name, _), gram in sorted(found.items()):
         totals[name] += gram
     return totals
 
 
-def _draws(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _draws(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     seed, rows = options["seed"], len(models.sources)
 
     def find(piece: Piece) -> dict[str, Any]:
@@ -111,53 +110,49 @@ def _draws(options: Options, models: Models, stack: ExitStack, threads: int) -> 
     return find
 
 
-def _thresholds(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _thresholds(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     if options["scope"] == "parameter":
         ranks = {n: [sparse.kept_count(options["density"], models.base.parameters[n].entries)] for n in models.fused}
-        found = _ranked_each(models, ranks, threads)
+        found = _ranked_each(models, ranks, workers)
         return lambda piece: {"thresholds": found[piece.range.parameter.name][:, 0].tolist()}
     entries = sum(models.base.parameters[n].entries for n in models.fused)
     rank = sparse.kept_count(options["density"], entries)
-    whole = [0.0] * len(models.sources)
 
-    def start() -> Callable[[int], None]:
-        def do(row: int) -> None:
-            whole[row] = nth_largest(_magnitudes(models, row, models.fused), entries, rank, models.dtype)
+    def start() -> Callable[[int], float]:
+        return lambda row: nth_largest(_magnitudes(models, row, models.fused), entries, rank, models.dtype)
 
-        return do
-
-    in_threads(range(len(models.sources)), start, threads)
+    whole = [threshold for _, threshold in sorted(spread(range(len(models.sources)), start, workers))]
     return lambda piece: {"thresholds": whole}
 
 
-def _bands(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _bands(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     density, gamma = options["density"], options["gamma"]
     sparse.check_band(density, gamma)
     ranks = {n: [*sparse.band_ranks(density, gamma, models.base.parameters[n].entries)] for n in models.fused}
-    found = _ranked_each(models, ranks, threads)
+    found = _ranked_each(models, ranks, workers)
     return lambda piece: {"bands": found[piece.range.parameter.name][:, ::-1].tolist()}
 
 
-def _ranked_each(models: Models, ranks: Mapping[str, list[int]], threads: int) -> dict[str, Array]:
+def _ranked_each(models: Models, ranks: Mapping[str, list[int]], workers: int) -> dict[str, Array]:
     """Exact order statistics of |δ| of each parameter and input: name to (k, ranks)."""
-    found = {name: np.zeros((len(models.sources), len(wanted))) for name, wanted in ranks.items()}
 
-    def start() -> Callable[[tuple[str, int]], None]:
-        def do(job: tuple[str, int]) -> None:
+    def start() -> Callable[[tuple[str, int]], Any]:
+        def do(job: tuple[str, int]) -> Any:
             name, row = job
             entries = models.base.parameters[name].entries
             stream = _magnitudes(models, row, (name,))
             if entries <= STREAM_ENTRIES * 16:
                 values = np.concatenate([part.copy() for part in stream(1)])
                 places = [entries - rank for rank in ranks[name]]
-                found[name][row] = np.partition(values, places)[places]
-            else:
-                found[name][row] = [nth_largest(stream, entries, rank, models.dtype) for rank in ranks[name]]
+                return np.partition(values, places)[places]
+            return [nth_largest(stream, entries, rank, models.dtype) for rank in ranks[name]]
 
         return do
 
     jobs = [(name, row) for name in ranks if models.base.parameters[name].entries for row in range(len(models.sources))]
-    in_threads(jobs, start, threads)
+    found = {name: np.zeros((len(models.sources), len(wanted))) for name, wanted in ranks.items()}
+    for (name, row), values in spread(jobs, start, workers):
+        found[name][row] = values
     return found
 
 
@@ -193,23 +188,19 @@ def sampled(models: Models, names: tuple[str, ...], every: int) -> Iterator[Rang
         start = -(spec.entries - start) % step
 
 
-def _selection(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
-    found: dict[str, dict[str, Any]] = {}
-    lock = threading.Lock()
-
-    def start() -> Callable[[str], None]:
-        def do(name: str) -> None:
+def _selection(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
+    def start() -> Callable[[str], dict[str, Any]]:
+        def do(name: str) -> dict[str, Any]:
             entries = models.base.parameters[name].entries
             rank = sparse.kept_count(options["density"], entries)
             max_held = max(SMALLEST_SAMPLE, 2 * MAX_HELD // (len(models.sources) + 1))
             sample = max(SMALLEST_SAMPLE, entries // 64)
             threshold, energies = select(_variances(models, name), entries, rank, models.dtype, max_held, sample)
-            with lock:
-                found[name] = {"threshold": threshold, "energies": energies}
+            return {"threshold": threshold, "energies": energies}
 
         return do
 
-    in_threads([n for n in models.fused if models.base.parameters[n].entries], start, threads)
+    found = dict(spread([n for n in models.fused if models.base.parameters[n].entries], start, workers))
     return lambda piece: found[piece.range.parameter.name]
 
 
@@ -236,7 +227,7 @@ def _pieces(models: Models, names: tuple[str, ...], every: int) -> Iterator[Piec
         yield models.read(where, buffer)
 
 
-def _fishers(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _fishers(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     files = [stack.enter_context(open_checkpoint(s.path, FISHER_FILE)) for s in models.sources]
     names = [_own_names(models, row, file, required=True) for row, file in enumerate(files)]
 
@@ -253,7 +244,7 @@ def _fishers(options: Options, models: Models, stack: ExitStack, threads: int) -
     return find
 
 
-def _activations(options: Options, models: Models, stack: ExitStack, threads: int) -> Keywords:
+def _activations(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     files = [stack.enter_context(open_checkpoint(s.path, ACTIVATIONS_FILE)) for s in models.sources]
     names = [_own_names(models, row, file, required=False) for row, file in enumerate(files)]
 

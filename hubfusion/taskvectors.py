@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,11 +18,12 @@ from hubfusion.errors import CheckpointError
 from hubfusion.layout import Layout, Tensor, is_parameter
 from hubfusion.lineage import Reason
 from hubfusion.sketch import CHUNK, SIZE, Signs
-from hubfusion.streaming import THREADS, in_threads
 from hubfusion.weights import Checkpoint
+from hubfusion.workers import spread, suited
 
 Floats = NDArray[np.float32]
 OnEntries = Callable[[int, int], None]
+TOGETHER = 8  # chunks a job, whose sketches are then one
 LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block)\.(\d+)\.")
 
 
@@ -62,11 +62,11 @@ def measure(
     vectors: Sequence[TaskVector],
     signs: Signs,
     on_entries: OnEntries | None = None,
-    threads: int = THREADS,
+    workers: int | None = None,
 ) -> float:
     """Run over ``encoder`` (`hubfusion.layout.encoder_of` the base) and fill ``vectors``; returns ‖θ‖² of the base.
 
-    Sums are kept by chunk and added up in one order, whatever the number of threads. Raises `CheckpointError` when
+    Sums are kept by chunk and added up in one order, whatever the number of workers. Raises `CheckpointError` when
     the base itself has a value that is not finite.
     """
     for name, spec in encoder.items():
@@ -78,37 +78,43 @@ def measure(
         if is_parameter(spec)
         for first in range(0, spec.entries, CHUNK)
     ]
-    sums = np.zeros((len(vectors) + 1, len(places), 4))
-    sketches: list[NDArray[np.float64]] = []
-    done, total, lock = 0, entries_of(encoder), threading.Lock()
 
-    def work() -> Callable[[int], None]:
+    def work() -> Callable[[int], _Found]:
         theta, tau = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-        sketch = np.zeros((len(vectors), SIZE))
-        sketches.append(sketch)
+        bad = [vector.bad for vector in vectors]  # this worker's own view of who is to be read on
 
-        def do(number: int) -> None:
-            nonlocal done
-            place = places[number]
-            chunk = theta[: place.count]
-            base.read(place.spec.name, place.first, chunk)
-            sums[-1, number, 0] = np.dot(chunk, chunk)
-            for i, vector in enumerate(vectors):
-                if vector.bad is None:
-                    sums[i, number] = _add(vector, place, chunk, tau[: place.count], signs, sketch[i])
-            with lock:
-                done += place.count
-                if on_entries:
-                    on_entries(done, total)
+        def do(first: int) -> _Found:
+            found = _Found(np.zeros((len(vectors) + 1, TOGETHER, 4)), np.zeros((len(vectors), SIZE)), bad)
+            for number, place in enumerate(places[first : first + TOGETHER]):
+                chunk = theta[: place.count]
+                base.read(place.spec.name, place.first, chunk)
+                found.sums[-1, number, 0] = np.dot(chunk, chunk)
+                for i, vector in enumerate(vectors):
+                    if bad[i] is None:
+                        into = tau[: place.count]
+                        bad[i], found.sums[i, number] = _add(vector, place, chunk, into, signs, found.sketches[i])
+            return found
 
         return do
 
-    in_threads(range(len(places)), work, threads)
+    sums = np.zeros((len(vectors) + 1, len(places) + TOGETHER, 4))
+    sketches = np.zeros((len(vectors), SIZE))
+    done, total = 0, entries_of(encoder)
+    jobs = range(0, len(places), TOGETHER)
+    for first, found in spread(jobs, work, suited(total * (len(vectors) + 1), workers)):
+        sums[:, first : first + TOGETHER] = found.sums
+        sketches += found.sketches
+        for vector, bad in zip(vectors, found.bad, strict=True):
+            vector.bad = vector.bad or bad
+        done += sum(place.count for place in places[first : first + TOGETHER])
+        if on_entries:
+            on_entries(done, total)
+    sums = sums[:, : len(places)]
     if not np.isfinite(sums[-1]).all():
         wrong = places[int(np.flatnonzero(~np.isfinite(sums[-1, :, 0]))[0])]
         raise CheckpointError(f"{base.path}: {wrong.spec.name} is not finite or too large to fuse")
     for i, vector in enumerate(vectors):
-        vector.sketch = np.sum([sketch[i] for sketch in sketches], axis=0)
+        vector.sketch = sketches[i]
         for place, square in zip(places, sums[i, :, 0], strict=True):
             if square:
                 vector.squares[place.name] = vector.squares.get(place.name, 0.0) + float(square)
@@ -127,30 +133,38 @@ class _Place:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Of `TOGETHER` chunks: what `_add` gives for each vector, ‖θ‖² last; their sketches; who is bad so far."""
+
+    sums: NDArray[np.float64]
+    sketches: NDArray[np.float64]
+    bad: list[tuple[Reason, str] | None]
+
+
 def _add(
     vector: TaskVector, place: _Place, theta: Floats, tau: Floats, signs: Signs, sketch: NDArray[np.float64]
-) -> tuple[float, float, float, float]:
-    """Read one chunk into ``tau`` (used up) and return Στ², Στθ, Στ⁴ and max |τ| over it; add to ``sketch``."""
+) -> tuple[tuple[Reason, str] | None, tuple[float, float, float, float]]:
+    """Read one chunk into ``tau`` (used up); what is bad, and Στ², Στθ, Στ⁴ and max |τ| over it; add to ``sketch``."""
+    nothing = (0.0, 0.0, 0.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         try:
             vector.checkpoint.read(vector.layout.names[place.name], place.first, tau)
         except CheckpointError as error:
-            vector.bad = (Reason.CORRUPT, str(error))
-            return 0.0, 0.0, 0.0, 0.0
+            return (Reason.CORRUPT, str(error)), nothing
         np.subtract(tau, theta, out=tau)
         square = float(np.dot(tau, tau))
         if not math.isfinite(square):
             wrong = np.flatnonzero(~np.isfinite(tau))
             if len(wrong):
-                vector.bad = _not_finite(vector, place, int(wrong[0]), float(tau[wrong[0]]))
-                return 0.0, 0.0, 0.0, 0.0
+                return _not_finite(vector, place, int(wrong[0]), float(tau[wrong[0]])), nothing
             square = float(np.square(tau, dtype=np.float64).sum())
         if square == 0.0:
-            return 0.0, 0.0, 0.0, 0.0
+            return None, nothing
         along, largest = float(np.dot(tau, theta)), max(float(tau.max()), -float(tau.min()))
         signs.add(sketch, place.name, place.first, tau)
         np.square(tau, out=tau)
-        return square, along, float(np.dot(tau, tau)), largest
+        return None, (square, along, float(np.dot(tau, tau)), largest)
 
 
 def _not_finite(vector: TaskVector, place: _Place, entry: int, value: float) -> tuple[Reason, str]:

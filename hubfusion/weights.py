@@ -7,6 +7,7 @@ resident memory does not grow with what was read. Writing happens in a folder be
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -31,6 +32,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 MAX_SHARD_BYTES = 50 * 10**9
 MAX_INDEX_BYTES = 8 << 20
+HASHED_BYTES = 1 << 20
 PARTIAL = ".fusing"
 MANIFEST = "fusion.json"
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
@@ -99,12 +101,12 @@ class Checkpoint:
         return raw.tobytes()
 
     def _read_raw(self, spec: Parameter, first: int, out: Array) -> None:
-        view, offset = memoryview(out.data).cast("B"), spec.start + first
-        while view:
-            got = os.preadv(self.descriptors[spec.file], [view], offset)
+        descriptor, offset, view, done = self.descriptors[spec.file], spec.start + first, out.data, 0
+        while done < out.nbytes:
+            got = os.preadv(descriptor, [view.cast("B")[done:] if done else view], offset + done)
             if got == 0:
-                raise CheckpointError(f"{spec.file}: {spec.name}: cut off at byte {offset} while being read")
-            view, offset = view[got:], offset + got
+                raise CheckpointError(f"{spec.file}: {spec.name}: cut off at byte {offset + done} while being read")
+            done += got
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -177,6 +179,35 @@ class WrittenFile:
     sha256: str | None
 
 
+class Digest:
+    """The sha256 of a file that is being written in pieces, in any order; its first ``begun`` bytes are there."""
+
+    def __init__(self, descriptor: int, begun: int) -> None:
+        self._descriptor, self._sha256 = descriptor, hashlib.sha256()
+        self._done, self._later = 0, {0: begun}
+
+    def add(self, start: int, stop: int) -> None:
+        """Bytes ``start ... stop`` are written; they are taken in when all before them are."""
+        if start == stop:
+            return
+        self._later[start] = stop
+        end = self._done
+        while end in self._later:
+            end = self._later.pop(end)
+        self._take(end)
+
+    def _take(self, end: int) -> None:
+        while self._done < end:
+            raw = os.pread(self._descriptor, min(HASHED_BYTES, end - self._done), self._done)
+            self._sha256.update(raw)
+            self._done += len(raw)
+
+    def finish(self) -> str:
+        """Hexadecimal sha256 of the whole file."""
+        self._take(os.fstat(self._descriptor).st_size)
+        return self._sha256.hexdigest()
+
+
 @dataclass(slots=True)
 class Writing:
     """A checkpoint being written beside its place; `Writing.write` may be called from several threads, in any order."""
@@ -185,6 +216,7 @@ class Writing:
     parameters: Mapping[str, Parameter]
     descriptors: Mapping[Path, int]
     index: dict[str, str] | None
+    digests: Mapping[Path, Digest] | None
     written: tuple[WrittenFile, ...] = field(default=())
 
     def write(self, name: str, first: int, values: Array) -> None:
@@ -201,6 +233,17 @@ class Writing:
                 f"{spec.dtype}; only finite values are written"
             )
         self.write_bytes(name, first * ITEM_BYTES[spec.dtype], raw.data)
+
+    def digest(self, name: str, first: int, last: int) -> None:
+        """Take entries ``first ... last`` of a parameter, which are written, into the file's sha256.
+
+        That is done as soon as all bytes before them are there, while others work; not to be called from several
+        threads. What is never told is taken in when the checkpoint is finished.
+        """
+        if self.digests is not None:
+            spec = self.parameters[name]
+            item = ITEM_BYTES[spec.dtype]
+            self.digests[spec.file].add(spec.start + first * item, spec.start + last * item)
 
     def write_bytes(self, name: str, first: int, raw: bytes | memoryview) -> None:
         """Store raw bytes at byte ``first`` of a parameter."""
@@ -274,10 +317,15 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         writing = _start(folder, partial, plan_shards(parameters, max_shard_bytes), single)
+        if digest:
+            begins = {file: 8 + int.from_bytes(os.pread(n, 8, 0), "little") for file, n in writing.descriptors.items()}
+            writing.digests = {file: Digest(n, begins[file]) for file, n in writing.descriptors.items()}
         try:
             yield writing
+            digests = writing.digests or {}
             writing.written = tuple(
-                WrittenFile(f.name, f.stat().st_size, sha256_of(f) if digest else None) for f in writing.descriptors
+                WrittenFile(f.name, f.stat().st_size, digests[f].finish() if digest else None)
+                for f in writing.descriptors
             )
         finally:
             for descriptor in writing.descriptors.values():
@@ -325,9 +373,22 @@ def _start(folder: Path, partial: Path, shards: list[list[Parameter]], single: s
         for spec in shard:
             parameters[spec.name] = Parameter(spec.name, spec.dtype, spec.shape, file, end)
             end += spec.size
-        os.truncate(descriptors[file], end)
+        _reserve(descriptors[file], end)
     index = {p.name: p.file.name for p in parameters.values()} if len(shards) > 1 else None
-    return Writing(folder, parameters, descriptors, index)
+    return Writing(folder, parameters, descriptors, index, None)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its length, and its room on the disk where the system can: a full one is told before the work.
+
+    Writing into reserved blocks takes two thirds of the time, too (ext4).
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:  # not on macOS, and not on every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.truncate(descriptor, size)
 
 
 def _replace(folder: Path, partial: Path, writing: Writing, single: str) -> None:
@@ -343,9 +404,3 @@ def _replace(folder: Path, partial: Path, writing: Writing, single: str) -> None
         index = partial / f"{single}.index.json"
         index.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         os.replace(index, folder / index.name)
-
-
-def sha256_of(file: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -114,7 +114,7 @@ def test_inverse_norm_coefficients_are_written_into_the_recipe(models, tmp_path)
         (["--method", "ties", "--density"], "argument --density: expected one argument"),
         (["--coefficients", "a,b"], "coefficients must be uniform, inverse-norm or numbers"),
         (["--coefficients", "1,2"], "one coefficient per input, got 2 for 3 inputs"),
-        (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
+        (["--workers", "two"], "argument --workers: invalid int value: 'two'"),
         (["--max-shard-size", "big"], "max-shard-size must be like 5GB or 500MB, got 'big'"),
     ],
 )

@@ -155,8 +155,8 @@ UNEQUAL = (1.0, 2.5, 0.5, 1.0, 3.0, 0.3, 1.7, 1.0)
     [
         ("float32", {}, {}),
         ("float32", {"coefficients": UNEQUAL}, {"norms": False}),
-        ("float32", {"coefficients": (0.3,) * 8, "method": "task_arithmetic"}, {"threads": 1}),
-        ("float32", {"coefficients": (-1.0, *UNEQUAL[1:]), "method": "task_arithmetic", "scale": 0.7}, {"threads": 3}),
+        ("float32", {"coefficients": (0.3,) * 8, "method": "task_arithmetic"}, {"workers": 1}),
+        ("float32", {"coefficients": (-1.0, *UNEQUAL[1:]), "method": "task_arithmetic", "scale": 0.7}, {"workers": 3}),
         ("float32", {"outer": "nesterov", "scale": 0.3}, {"max_shard_bytes": 300}),
         ("float32", {"outer": "momentum", "outer_options": (("beta", 0.5),)}, {"digest": False}),
         ("float16", {"coefficients": UNEQUAL}, {}),

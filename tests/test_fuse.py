@@ -193,15 +193,17 @@ def test_the_output_is_never_the_base_or_an_input(tmp_path):
             average(base, inputs, place)
 
 
-def test_same_bytes_whatever_threads_pieces_shards_and_order(tmp_path):
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_same_bytes_whatever_workers_pieces_shards_and_order(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("hubfusion.workers.may_fork", lambda: kind == "processes")
     rng = np.random.default_rng(0)
     tensors = [{n: rng.standard_normal((300, 130)).astype(np.float32) for n in ("a", "b", "c")} for _ in range(5)]
     base, *inputs = [save(tmp_path / str(i), t) for i, t in enumerate(tensors)]
     sharded = [save(tmp_path / f"s{i}", t, shards=2) for i, t in enumerate(tensors)]
     recipe = plan(4, coefficients=(0.1, 0.7, 0.3, 0.2))
     wanted = fuse(recipe, base, inputs, tmp_path / "out").files
-    for threads, chunk in ((1, None), (3, 8192), (2, 16384), (5, 1)):
-        settings = Settings(threads=threads, chunk=chunk)
+    for workers, chunk in ((1, None), (3, 8192), (2, 16384), (5, 1)):
+        settings = Settings(workers=workers, chunk=chunk)
         assert fuse(recipe, base, inputs, tmp_path / "out", settings=settings).files == wanted
     assert fuse(recipe, sharded[0], sharded[1:], tmp_path / "out").files == wanted
     turned = Plan(recipe.labels[::-1], recipe.coefficients[::-1])

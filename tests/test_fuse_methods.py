@@ -92,13 +92,15 @@ def test_a_streamed_fuse_equals_the_slow_author(models, tmp_path, name):
         np.testing.assert_allclose(out[n].astype(float), start[n].astype(float) + delta, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["processes", "threads"])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_bytes_for_any_threads_and_pieces(models, tmp_path, name):
+def test_the_same_bytes_for_any_workers_and_pieces(models, tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr("hubfusion.workers.may_fork", lambda: kind == "processes")
     base, inputs = models[0], inputs_of(name, models[1])
     plan = plan_for(name, len(inputs))
     wanted = fuse(plan, base, inputs, tmp_path / "out").files
-    for threads, chunk in ((1, 8192), (3, 16384)):
-        settings = Settings(threads=threads, chunk=chunk)
+    for workers, chunk in ((1, 8192), (3, 16384)):
+        settings = Settings(workers=workers, chunk=chunk)
         assert fuse(plan, base, inputs, tmp_path / "out", settings=settings).files == wanted
     turned = Plan(plan.labels[::-1], plan.coefficients[::-1], plan.method, plan.options)
     assert fuse(turned, base, inputs[::-1], tmp_path / "out").files == wanted

@@ -16,7 +16,7 @@ from hubfusion.cli import main
 from tests.checkpoints import family, load, save
 
 ENTRIES = 3_000_000
-FUSE = [sys.executable, "-m", "hubfusion", "fuse", "--method", "median", "--threads", "2"]
+FUSE = [sys.executable, "-m", "hubfusion", "fuse", "--method", "median", "--workers", "2"]
 
 
 def run(*arguments: object) -> int:

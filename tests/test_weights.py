@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import CheckpointError
-from hubfusion.weights import Parameter, encode, open_checkpoint, plan_shards, sha256_of, write_checkpoint
+from hubfusion.weights import Parameter, encode, open_checkpoint, plan_shards, write_checkpoint
 from tests.checkpoints import load, save
 
 SPECS = [Parameter("a", "F32", (2, 3), Path()), Parameter("b", "BF16", (5,), Path()), Parameter("c", "I64", (), Path())]
@@ -56,6 +57,28 @@ def test_what_is_written_is_read_back_by_the_safetensors_library(tmp_path):
     file = tmp_path / "model.safetensors"
     assert [(f.name, f.size, f.sha256) for f in written] == [(file.name, file.stat().st_size, sha256_of(file))]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("told", ["all", "some", "none"])
+@pytest.mark.parametrize("limit", [10**9, 5000])
+def test_the_digest_is_that_of_the_file_however_its_pieces_come(tmp_path, limit, told):
+    shapes = {"a": (300,), "b": (0, 4), "c": (70, 7), "d": (), "e": (1000,)}
+    specs = [Parameter(n, "F16" if n == "c" else "F32", s, Path()) for n, s in shapes.items()]
+    pieces = [(s, first) for s in specs for first in range(0, max(s.entries, 1), 64)]
+    rng = np.random.default_rng(0)
+    rng.shuffle(pieces)
+    with write_checkpoint(tmp_path, specs, max_shard_bytes=limit) as writing:
+        for number, (spec, first) in enumerate(pieces):
+            last = min(first + 64, spec.entries)
+            writing.write(spec.name, first, rng.standard_normal(last - first))
+            if told == "all" or (told == "some" and number % 3):
+                writing.digest(spec.name, first, last)
+    assert len(writing.written) == (1 if limit == 10**9 else 2)
+    assert [f.sha256 for f in writing.written] == [sha256_of(tmp_path / f.name) for f in writing.written]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["fuse"]:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the cores have workers of their own
         from hubfusion.cli.fuse import fuse
 
         run(fuse, argv[1:])

@@ -34,7 +34,7 @@ def fuse(args: Sequence[str] | None) -> None:
         print(f"note: {note}", file=sys.stderr)
     _check_device(given.device)
     settings = engine.Settings(
-        device=given.device, threads=given.threads, max_shard_bytes=_bytes(given.max_shard_size),
+        device=given.device, workers=given.workers, max_shard_bytes=_bytes(given.max_shard_size),
         digest=given.digest, norms=given.norms,
     )  # fmt: skip
     with ExitStack() as stack:
@@ -131,7 +131,7 @@ def _parser() -> ArgumentParser:
     add("--state", help="folder of the outer optimizer's last state")
     add("--device", help="torch device; numpy on the CPU without it")
     add("--max-shard-size", default="50GB", help="as in transformers: 5GB, 500MB")
-    add("--threads", type=int, default=2)
+    add("--workers", type=int, help="processes at work (default: one for small models, else the cores, at most 4)")
     add("--digest", action=BooleanOptionalAction, default=True, help="put sha256 of the files into fusion.json")
     add("--norms", action=BooleanOptionalAction, default=True, help="put the norms of the deltas into it")
     add("--endpoint", default=os.environ.get("HF_ENDPOINT", ENDPOINT), help="the Hub for ids (HF_ENDPOINT)")

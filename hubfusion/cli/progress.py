@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -25,11 +26,21 @@ def bars() -> Iterator[Callable[[str], Tell]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True)) as progress:
+    # Drawn when something is told, not by a thread of its own: beside one, a fuse could not fork its workers.
+    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
+        due = 0.0
 
         def make(title: str) -> Tell:
             task = progress.add_task(title, visible=False)
-            return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+
+            def tell(done: int, total: int) -> None:
+                nonlocal due
+                progress.update(task, completed=done, total=total, visible=True)
+                if done == total or time.monotonic() >= due:
+                    progress.refresh()
+                    due = time.monotonic() + 0.1
+
+            return tell
 
         yield make
 

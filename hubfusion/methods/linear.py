@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,8 @@ class Sum:
     over: int = 1
 
     def __call__(self, deltas: Iterable[Array]) -> Array:
-        """Add up k deltas, each taken once; the first two are in use together."""
-        return self.finish(add_up(zip(deltas, self.factors, strict=True)))
+        """Add up k deltas, each taken once; those of a generator may be overwritten."""
+        return self.finish(add_up(zip(deltas, self.factors, strict=True), owned=isinstance(deltas, Generator)))
 
     def finish(self, total: Array) -> Array:
         """Turn Σ f_i δ_i into the result, in place."""
@@ -31,18 +31,21 @@ class Sum:
         return total
 
 
-def add_up(terms: Iterable[tuple[Array, float]], total: Array = None) -> Array:
-    """Return Σ f_i δ_i of (δ_i, f_i), added in the order given: into ``total``, or else into an array of its own."""
-    first: Array = None
+def add_up(terms: Iterable[tuple[Array, float]], total: Array = None, *, owned: bool = False) -> Array:
+    """Return Σ f_i δ_i of (δ_i, f_i), added in the order given: into ``total`` if there is one.
+
+    With ``owned`` the deltas may be overwritten, and without a total the first becomes it.
+    """
     for delta, factor in terms:
-        term = delta if factor == 1.0 else delta * factor
-        if total is not None:
-            total += term
-        elif first is None:
-            first = term
+        if owned and factor != 1.0:
+            delta *= factor
+        elif factor != 1.0 or (total is None and not owned):
+            delta = delta * factor  # an array of its own
+        if total is None:
+            total = delta
         else:
-            total = first + term
-    return first * 1.0 if total is None else total
+            total += delta
+    return total
 
 
 def sum_by(factors: Sequence[float]) -> Sum:
