@@ -3,9 +3,9 @@
     python benchmarks/fuse.py --folder /tmp/fuse-bench --runs 5 --markdown docs/fuse-benchmark.md
         [--mergekit /path/to/its/python] [--methods average,ties,…] [--inputs 2,4,8,16] [--keep]
 
-Every figure is of a whole command: wall and CPU seconds, peak anonymous and file-backed memory (summed over its
-processes, sampled from /proc every 10 ms), median of the runs. Contenders take turns within each round, so that noise
-hits all of them alike.
+Every figure is of a whole command. Wall and CPU seconds are medians of the runs; contenders take turns within each
+round, so that noise hits all of them alike. Peak anonymous and file-backed memory is summed over the processes of the
+command and sampled from /proc every 10 ms in a round before (mergekit, which takes minutes: every 100 ms while timed).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +138,8 @@ TOKENIZER = json.dumps({
 })  # fmt: skip
 
 
-def measure(command: Sequence[str], cwd: Path) -> Run:
-    """Run a command to its end and account for it and its children."""
+def measure(command: Sequence[str], cwd: Path, every: float | None = None) -> Run:
+    """Run a command to its end and account for it and its children; sample its memory ``every`` so many seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -153,9 +153,9 @@ def measure(command: Sequence[str], cwd: Path) -> Run:
         while process.poll() is None:
             for key, value in held(process.pid).items():
                 peak[key] = max(peak[key], value)
-            time.sleep(0.01)
+            time.sleep(every or 0)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch if every else bool)
     watcher.start()
     errors = process.communicate()[1]
     wall = time.perf_counter() - start
@@ -233,6 +233,7 @@ def compare(folder: Path, arguments: argparse.Namespace, models: Sequence[Path])
         mergekit = arguments.mergekit if count == arguments.against else None
         commands = list(contenders(folder, models[: count + 1], arguments.methods, mergekit))
         table: dict[str, list[Run]] = {name: [] for name, _ in commands}
+        memory: dict[str, dict[str, float]] = {}
         for number in range(arguments.runs + 1):
             for name, command in commands:
                 slow = name.startswith("mergekit")
@@ -240,9 +241,12 @@ def compare(folder: Path, arguments: argparse.Namespace, models: Sequence[Path])
                     continue
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 (folder / "out").mkdir()
-                run = measure(command, folder)
-                if number:  # the first round warms the page cache
-                    table[name].append(run)
+                # The first round warms the page cache and looks at memory, which takes time; the others are timed.
+                run = measure(command, folder, (0.1 if slow else 0.01) if slow or not number else None)
+                if number:
+                    table[name].append(run if slow else replace(run, **memory[name]))
+                else:
+                    memory[name] = {"anonymous": run.anonymous, "file": run.file}
                 print(f"N={count} round {number} {name}: {run.wall:.2f} s", file=sys.stderr, flush=True)
         results[count] = table
     return results

@@ -95,12 +95,12 @@ def select(
         elif low == high:
             return low, bracket.energies.tolist()
         elif bracket.stride == 1:
-            held, rows = np.concatenate(bracket.held), np.concatenate(bracket.rows, axis=1)
-            bracket.held.clear()
-            ordered = held.copy() if len(rows) else held
-            ordered.partition(held.size - inside)
-            found = float(ordered[held.size - inside])
-            return found, (bracket.energies + _energies(rows, held >= found)).tolist()
+            ordered = np.concatenate(bracket.held)
+            ordered.partition(ordered.size - inside)
+            found = float(ordered[ordered.size - inside])
+            for held, rows in zip(bracket.held, bracket.rows, strict=True):
+                bracket.energies += _energies(rows, held >= found)
+            return found, bracket.energies.tolist()
         else:
             known = (low, high)
             low, high = _narrow(np.concatenate(bracket.held), inside / bracket.count, *known)

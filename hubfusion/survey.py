@@ -75,11 +75,12 @@ def grams(models: Models, workers: int) -> dict[str, Array]:
     rows = len(models.sources) + 1
     block = max(1, SMALL_GEMM // rows**2)
 
-    def start() -> Callable[[Range], Array]:
+    def start() -> Callable[[tuple[int, Range]], Array]:
         buffer = np.empty((rows, STREAM_ENTRIES), models.dtype)
         wide = np.empty((rows, STREAM_ENTRIES), np.float64)
 
-        def do(where: Range) -> Array:
+        def do(job: tuple[int, Range]) -> Array:
+            where = job[1]
             size = where.last - where.first
             models.read(where, buffer)
             wide[:, :size] = buffer[:, :size]
@@ -93,10 +94,15 @@ def grams(models: Models, workers: int) -> dict[str, Array]:
 
         return do
 
-    found = {(w.parameter.name, w.first): gram for w, gram in spread(models.ranges(STREAM_ENTRIES), start, workers)}
     totals: dict[str, Array] = {name: np.zeros((rows, rows)) for name in models.fused}
-    for (name, _), gram in sorted(found.items()):
-        totals[name] += gram
+    early: dict[int, tuple[str, Array]] = {}  # what came before its turn
+    turn = 0
+    for (number, where), gram in spread(enumerate(models.ranges(STREAM_ENTRIES)), start, workers):
+        early[number] = (where.parameter.name, gram)
+        while turn in early:
+            name, gram = early.pop(turn)
+            totals[name] += gram
+            turn += 1
     return totals
 
 
