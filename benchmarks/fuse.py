@@ -4,8 +4,9 @@
         [--mergekit /path/to/its/python] [--methods average,ties,…] [--inputs 2,4,8,16] [--keep]
 
 Every figure is of a whole command. Wall and CPU seconds are medians of the runs; contenders take turns within each
-round, so that noise hits all of them alike. Peak anonymous and file-backed memory is summed over the processes of the
-command and sampled from /proc every 10 ms in a round before (mergekit, which takes minutes: every 100 ms while timed).
+round, in another order each time, so that noise hits all of them alike. Peak anonymous and file-backed memory is summed
+over the processes of the command and sampled from /proc every 10 ms in a round before (mergekit, which takes minutes:
+every 100 ms while timed).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import shutil
 import statistics
@@ -235,7 +237,8 @@ def compare(folder: Path, arguments: argparse.Namespace, models: Sequence[Path])
         table: dict[str, list[Run]] = {name: [] for name, _ in commands}
         memory: dict[str, dict[str, float]] = {}
         for number in range(arguments.runs + 1):
-            for name, command in commands:
+            # In another order each time: what ran just before leaves the machine warm, or its memory dirty.
+            for name, command in random.Random(number).sample(commands, len(commands)):
                 slow = name.startswith("mergekit")
                 if slow and not 0 < number <= arguments.mergekit_runs:
                     continue

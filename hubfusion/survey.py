@@ -17,7 +17,7 @@ from hubfusion.errors import CheckpointError
 from hubfusion.methods import METHODS, Need, sparse
 from hubfusion.methods.draws import draw_rows
 from hubfusion.selection import MAX_HELD, Rows, nth_largest, select
-from hubfusion.streaming import ROW_ENTRIES, Models, Piece, Range, fitting
+from hubfusion.streaming import BLOCK, ROW_ENTRIES, Models, Piece, Range, fitting
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 from hubfusion.workers import spread
 
@@ -74,10 +74,11 @@ def grams(models: Models, workers: int) -> dict[str, Array]:
     """
     rows = len(models.sources) + 1
     block = max(1, SMALL_GEMM // rows**2)
+    entries = max(BLOCK, models.chunk() // 2)  # they are held in float64, too
 
     def start() -> Callable[[tuple[int, Range]], Array]:
-        buffer = np.empty((rows, STREAM_ENTRIES), models.dtype)
-        wide = np.empty((rows, STREAM_ENTRIES), np.float64)
+        buffer = np.empty((rows, entries), models.dtype)
+        wide = np.empty((rows, entries), np.float64)
 
         def do(job: tuple[int, Range]) -> Array:
             where = job[1]
@@ -97,7 +98,7 @@ def grams(models: Models, workers: int) -> dict[str, Array]:
     totals: dict[str, Array] = {name: np.zeros((rows, rows)) for name in models.fused}
     early: dict[int, tuple[str, Array]] = {}  # what came before its turn
     turn = 0
-    for (number, where), gram in spread(enumerate(models.ranges(STREAM_ENTRIES)), start, workers):
+    for (number, where), gram in spread(enumerate(models.ranges(entries)), start, workers):
         early[number] = (where.parameter.name, gram)
         while turn in early:
             name, gram = early.pop(turn)

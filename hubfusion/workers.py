@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import IO, Any, TypeVar
@@ -209,10 +210,11 @@ class _Processes(_Threads):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fork in self._forks if self._working else ():
-            os.kill(fork, signal.SIGTERM)
-        for fork in self._forks:
-            os.waitpid(fork, 0)
+        with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored, nobody need wait
+            for fork in self._forks if self._working else ():
+                os.kill(fork, signal.SIGTERM)
+            for fork in self._forks:
+                os.waitpid(fork, 0)
         super().__exit__(kind, error, trace)
         os.close(self._turns)
 

@@ -10,6 +10,7 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import Plan, Progress, Settings, fuse
 from hubfusion.lineage import Recipe, Revision
 from hubfusion.streaming import open_models
+from hubfusion.survey import grams
 from tests.checkpoints import TRUNK, family, load, save, trunk
 
 
@@ -254,3 +255,17 @@ def test_the_pieces_of_open_models_cover_every_entry_in_order(tmp_path):
             expected = [load(p)[name].ravel() - load(base)[name].ravel() for p in inputs]
             assert np.array_equal(piece.deltas, expected)
             assert np.array_equal(piece.base, load(base)[name].ravel())
+
+
+def test_inner_products_of_very_many_inputs_are_exact_and_summed_in_order(tmp_path):
+    rng = np.random.default_rng(0)
+    values = {"a": rng.standard_normal(30_000, np.float32), "b": rng.standard_normal((5, 7), np.float32)}
+    deltas = [{n: rng.standard_normal(v.shape, np.float32) for n, v in values.items()} for _ in range(140)]
+    base = save(tmp_path / "base", values)
+    inputs = [save(tmp_path / str(i), {n: values[n] + d[n] for n in values}) for i, d in enumerate(deltas)]
+    with open_models(base, inputs) as models:
+        once, again = grams(models, 1), grams(models, 3)
+    for name, value in values.items():
+        rows = np.stack([value, *(load(p)[name] - value for p in inputs)]).reshape(141, -1).astype(np.float64)
+        np.testing.assert_allclose(once[name], rows @ rows.T, rtol=1e-12, atol=1e-9)
+        assert np.array_equal(once[name], again[name])
