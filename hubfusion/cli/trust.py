@@ -132,7 +132,8 @@ def _say(found: Checked, good: str) -> None:
     for difference in found.differences:
         print(f"DIFFERS: {difference}")
     if found.differences:
-        raise FusionError(f"{found.revision.repo} {found.version}: {len(found.differences)} differences")
+        count = f"{len(found.differences)} difference{'s' if len(found.differences) > 1 else ''}"
+        raise FusionError(f"{found.revision.repo} {found.version}: {count}")
     print(f"{found.revision.repo} {found.version} is {good}")
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Array = Any
 NORMS = ("keep", "clip", "equal")
+NUMPY = array_api_compat.array_namespace(np.empty(0))
 
 
 class Unit(StrEnum):
@@ -80,7 +81,7 @@ class Method:
 
 def namespace(array: Array) -> Any:
     """Return the array API namespace of an array: numpy's or torch's."""
-    return array_api_compat.array_namespace(array)
+    return NUMPY if type(array) is np.ndarray else array_api_compat.array_namespace(array)
 
 
 def to_numpy(array: Array) -> Any:

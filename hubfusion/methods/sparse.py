@@ -231,19 +231,29 @@ def della(
     in_range("della", "density", density, 0, 1, open_low=True)
     in_range("della", "epsilon", epsilon, 0, 2 * min(density, 1 - density))
 
-    def thin(delta: Array, drawn: Array) -> Array:
-        columns = delta.shape[-1] if delta.ndim else 1
-        steps = (np.arange(columns) + 0.5) / columns
-        limits = np.clip(np.round((density - epsilon / 2 + epsilon * steps) * LEVELS), 1, LEVELS)
-        xp, device = namespace(delta), array_api_compat.device(delta)
-        last = xp.asarray((limits - 1).astype(np.uint16 if isinstance(drawn, np.ndarray) else np.int32), device=device)
-        factors = xp.asarray(LEVELS / limits, dtype=delta.dtype, device=device)
-        kept = by_rank(abs(delta), xp.astype(xp.reshape(drawn, (-1, columns)) <= last, delta.dtype) * factors)
-        kept *= delta
-        return kept
+    def thinned() -> Iterator[Array]:
+        last: Array = None
+        for delta, drawn in zip(deltas, _drawn(deltas, seed) if draws is None else draws, strict=True):
+            if last is None:
+                last, factors = _chances(delta, density, epsilon, isinstance(drawn, np.ndarray))
+            xp = namespace(delta)
+            values = xp.astype(xp.reshape(drawn, (-1, last.shape[0])) <= last, delta.dtype)
+            values *= factors
+            kept = by_rank(abs(delta), values)
+            kept *= delta
+            yield kept
 
-    drawn = _drawn(deltas, seed) if draws is None else draws
-    return elect("della", map(thin, deltas, drawn), coefficients, sign, combine)
+    return elect("della", thinned(), coefficients, sign, combine)
+
+
+def _chances(delta: Array, density: float, epsilon: float, is_numpy: bool) -> tuple[Array, Array]:
+    """For each rank in a row: the last draw that keeps an entry, and what the entry is then multiplied by."""
+    columns = delta.shape[-1] if delta.ndim else 1
+    steps = (np.arange(columns) + 0.5) / columns
+    limits = np.clip(np.round((density - epsilon / 2 + epsilon * steps) * LEVELS), 1, LEVELS)
+    xp, device = namespace(delta), array_api_compat.device(delta)
+    last = xp.asarray((limits - 1).astype(np.uint16 if is_numpy else np.int32), device=device)
+    return last, xp.asarray(LEVELS / limits, dtype=delta.dtype, device=device)
 
 
 def by_rank(magnitudes: Array, values: Array) -> Array:
