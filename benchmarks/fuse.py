@@ -297,23 +297,28 @@ def report(results: Mapping[int, Mapping[str, Sequence[Run]]], arguments: argpar
 NOTES = """## Reading these figures
 
 The floor is `cat` of the finetunes to nowhere and of one of them to a new file: one core, no arithmetic. A fuse reads
-the base as well, subtracts it from every finetune (so that sums lose no digits), checks that everything is finite, and
-starts an interpreter: 0.15 s for a fuse of nothing, two thirds of it numpy, and 0.02 s to check 1,800 header entries.
-The rest of an average is the kernel copying pages, which is what `cat` does too; two processes take half of one's time.
-They are forks. Threads were a third slower: numpy gives up the interpreter's lock in each operation of 20 µs, and
-whoever wants it back waits. Where a fork is not safe (another thread is running), threads still do the work.
+the base as well, subtracts it from every finetune (so that sums lose no digits), checks that everything is finite,
+and starts an interpreter: 0.15 s for a fuse of nothing, two thirds of it numpy, and 0.02 s to check 1,800 header
+entries. The rest of an average is the kernel copying pages, which is what `cat` does too, on two cores in place of
+one. At 16 finetunes that makes up for the start, at 8 almost: `average` and `task_arithmetic`, which do the same
+work, took 0.97 to 1.09 times `cat` in three runs within one hour.
 
-Tried and not better: mapped files instead of `preadv` (the loop is a tenth faster, but unmapping at the end takes more
-than that back), pieces of 16 Ki to 1 Mi entries (192 Ki is best). A bare loop of preadv, subtract, add and pwrite over
-the same pieces, in two processes, takes 0.34 s where ours takes 0.38.
+The two workers are forks. Threads took a third longer for an average and a sixth for DELLA: numpy gives up the
+interpreter's lock in each operation of 20 us, and whoever wants it back waits. Where a fork is not safe (another
+thread is running), threads still do the work.
 
-DELLA's time is the ranking of every row: 4 of about 10 ns an entry are numpy's radix sort of 16-bit keys, 1 putting the
-ranks back, 1 the sign election, 0.6 the draws. Keys of 8 bits would sort in 2 ns; the ranking would be coarser, and we
-kept it. (A vectorised sort of packed 32-bit keys takes 3.5 ns on rows of 768 and 9 on rows of 3,072 here.) SCE reads
-everything twice: once for the threshold and the energies, once to fuse.
+Tried and not better: mapped files instead of `preadv` (the loop is a tenth faster, but unmapping at the end takes
+more than that back), pieces of 16 Ki to 1 Mi entries (192 Ki is best). A bare loop of preadv, subtract, add and
+pwrite over the same pieces, in two processes, takes 0.34 s where ours takes 0.38.
 
-"average" and all other rows leave out the sha256 of the output and the norms of the deltas (`--no-digest --no-norms`),
-which mergekit does not compute; the row that has both is what the command does by default.
+DELLA's time is the ranking of every row: numpy's radix sort of 16-bit keys is a quarter of it, putting the ranks back
+a tenth. mergekit runs once; against it DELLA took 1/14.6, 1/16.2 and 1/13.9 in three runs within that hour. Keys of 8
+bits would sort in half the time; the ranking would be coarser, and we kept it. (A vectorised sort of packed 32-bit
+keys takes 3.5 ns on rows of 768 and 9 on rows of 3,072 here.) SCE reads everything twice: once for the threshold and
+the energies, once to fuse.
+
+"average" and all other rows leave out the sha256 of the output and the norms of the deltas (`--no-digest
+--no-norms`), which mergekit does not compute; the row that has both is what the command does by default.
 """
 
 

@@ -6,6 +6,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 Array = Any
 NORMS = ("keep", "clip", "equal")
-NUMPY = array_api_compat.array_namespace(np.empty(0))
 
 
 class Unit(StrEnum):
@@ -81,7 +81,13 @@ class Method:
 
 def namespace(array: Array) -> Any:
     """Return the array API namespace of an array: numpy's or torch's."""
-    return NUMPY if type(array) is np.ndarray else array_api_compat.array_namespace(array)
+    return _numpy() if type(array) is np.ndarray else array_api_compat.array_namespace(array)
+
+
+@functools.cache
+def _numpy() -> Any:
+    """What every array of numpy has; found once, but not when nobody asks: it imports for 11 MB."""
+    return array_api_compat.array_namespace(np.empty(0))
 
 
 def to_numpy(array: Array) -> Any:
