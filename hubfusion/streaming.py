@@ -144,7 +144,7 @@ class Models:
                 yield Range(spec, first, min(first + step, spec.entries))
 
     def chunk(self) -> int:
-        """Entries a piece may have so that the buffers of one thread stay in a core's cache."""
+        """Entries a piece may have so that the buffers of one worker stay in a core's cache."""
         return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1) // BLOCK * BLOCK)
 
     def workers(self, asked: int | None) -> int:
