@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,8 @@ class WrittenFile:
 class Digest:
     """The sha256 of a file that is being written in pieces, in any order; its first ``begun`` bytes are there."""
 
-    def __init__(self, descriptor: int, begun: int) -> None:
-        self._descriptor, self._sha256 = descriptor, hashlib.sha256()
+    def __init__(self, file: Path, descriptor: int, begun: int) -> None:
+        self._file, self._descriptor, self._sha256 = file, descriptor, hashlib.sha256()
         self._done, self._later = 0, {0: begun}
 
     def add(self, start: int, stop: int) -> None:
@@ -199,6 +199,8 @@ class Digest:
     def _take(self, end: int) -> None:
         while self._done < end:
             raw = os.pread(self._descriptor, min(HASHED_BYTES, end - self._done), self._done)
+            if not raw:
+                raise CheckpointError(f"{self._file}: cut off at byte {self._done} while being hashed")
             self._sha256.update(raw)
             self._done += len(raw)
 
@@ -216,7 +218,7 @@ class Writing:
     parameters: Mapping[str, Parameter]
     descriptors: Mapping[Path, int]
     index: dict[str, str] | None
-    digests: Mapping[Path, Digest] | None
+    digests: Mapping[Path, Digest]
     written: tuple[WrittenFile, ...] = field(default=())
 
     def write(self, name: str, first: int, values: Array) -> None:
@@ -240,8 +242,8 @@ class Writing:
         That is done as soon as all bytes before them are there, while others work; not to be called from several
         threads. What is never told is taken in when the checkpoint is finished.
         """
-        if self.digests is not None:
-            spec = self.parameters[name]
+        spec = self.parameters[name]
+        if spec.file in self.digests:
             item = ITEM_BYTES[spec.dtype]
             self.digests[spec.file].add(spec.start + first * item, spec.start + last * item)
 
@@ -316,20 +318,13 @@ def write_checkpoint(
     partial = folder / f"{PARTIAL}-{single.removesuffix('.safetensors')}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        writing = _start(folder, partial, plan_shards(parameters, max_shard_bytes), single)
-        if digest:
-            begins = {file: 8 + int.from_bytes(os.pread(n, 8, 0), "little") for file, n in writing.descriptors.items()}
-            writing.digests = {file: Digest(n, begins[file]) for file, n in writing.descriptors.items()}
-        try:
+        with ExitStack() as files:
+            writing = _start(files, folder, partial, plan_shards(parameters, max_shard_bytes), single, digest)
             yield writing
-            digests = writing.digests or {}
             writing.written = tuple(
-                WrittenFile(f.name, f.stat().st_size, digests[f].finish() if digest else None)
+                WrittenFile(f.name, f.stat().st_size, writing.digests[f].finish() if digest else None)
                 for f in writing.descriptors
             )
-        finally:
-            for descriptor in writing.descriptors.values():
-                os.close(descriptor)
         _replace(folder, partial, writing, single)
 
 
@@ -352,9 +347,13 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _start(folder: Path, partial: Path, shards: list[list[Parameter]], single: str) -> Writing:
+def _start(
+    files: ExitStack, folder: Path, partial: Path, shards: list[list[Parameter]], single: str, digest: bool
+) -> Writing:
+    """Open the files, to be closed by ``files``, write their headers and reserve their room."""
     parameters: dict[str, Parameter] = {}
     descriptors: dict[Path, int] = {}
+    digests: dict[Path, Digest] = {}
     stem = single.removesuffix(".safetensors")
     for number, shard in enumerate(shards, 1):
         name = single if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -369,13 +368,16 @@ def _start(folder: Path, partial: Path, shards: list[list[Parameter]], single: s
         text += b" " * (-len(text) % 8)
         file, end = partial / name, 8 + len(text)
         descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        files.callback(os.close, descriptors[file])
         os.pwrite(descriptors[file], len(text).to_bytes(8, "little") + text, 0)
+        if digest:
+            digests[file] = Digest(file, descriptors[file], end)
         for spec in shard:
             parameters[spec.name] = Parameter(spec.name, spec.dtype, spec.shape, file, end)
             end += spec.size
         _reserve(descriptors[file], end)
     index = {p.name: p.file.name for p in parameters.values()} if len(shards) > 1 else None
-    return Writing(folder, parameters, descriptors, index, None)
+    return Writing(folder, parameters, descriptors, index, digests)
 
 
 def _reserve(descriptor: int, size: int) -> None:

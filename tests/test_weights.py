@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -79,6 +80,42 @@ def test_the_digest_is_that_of_the_file_however_its_pieces_come(tmp_path, limit,
                 writing.digest(spec.name, first, last)
     assert len(writing.written) == (1 if limit == 10**9 else 2)
     assert [f.sha256 for f in writing.written] == [sha256_of(tmp_path / f.name) for f in writing.written]
+
+
+def test_a_disk_without_room_is_told_before_the_work_and_holds_nothing(tmp_path, monkeypatch):
+    write(tmp_path, 1.0)
+    before, opened = (tmp_path / "model.safetensors").read_bytes(), len(os.listdir("/proc/self/fd"))
+
+    def refuse(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 2.0, max_shard_bytes=24)
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_where_room_cannot_be_reserved_the_file_is_written_all_the_same(tmp_path, monkeypatch, number):
+    def refuse(descriptor: int, start: int, size: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    wanted = [f.sha256 for f in write(tmp_path / "here")]
+    if number is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert [f.sha256 for f in write(tmp_path / "there")] == wanted
+
+
+def test_a_file_that_is_cut_off_by_another_while_it_is_written_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cut off at byte \d+ while being hashed"):
+        with write_checkpoint(tmp_path, SPECS) as writing:
+            os.truncate(next(iter(writing.descriptors)), 20)
+            writing.digest("a", 0, 6)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
