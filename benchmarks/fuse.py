@@ -151,17 +151,16 @@ def measure(command: Sequence[str], cwd: Path, every: float | None = None) -> Ru
     )
     peak = {"RssAnon:": 0, "RssFile:": 0}
 
-    def watch() -> None:
+    def watch(every: float) -> None:
         while process.poll() is None:
             for key, value in held(process.pid).items():
                 peak[key] = max(peak[key], value)
-            time.sleep(every or 0)
+            time.sleep(every)
 
-    watcher = threading.Thread(target=watch if every else bool)
-    watcher.start()
+    if every:
+        threading.Thread(target=watch, args=(every,)).start()
     errors = process.communicate()[1]
     wall = time.perf_counter() - start
-    watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))[:200]} failed:\n{errors[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -245,7 +244,7 @@ def compare(folder: Path, arguments: argparse.Namespace, models: Sequence[Path])
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 (folder / "out").mkdir()
                 # The first round warms the page cache and looks at memory, which takes time; the others are timed.
-                run = measure(command, folder, (0.1 if slow else 0.01) if slow or not number else None)
+                run = measure(command, folder, 0.1 if slow else None if number else 0.01)
                 if number:
                     table[name].append(run if slow else replace(run, **memory[name]))
                 else:
@@ -298,24 +297,7 @@ NOTES = """## Reading these figures
 
 The floor is `cat` of the finetunes to nowhere and of one of them to a new file: one core, no arithmetic. A fuse reads
 the base as well, subtracts it from every finetune (so that sums lose no digits), checks that everything is finite,
-and starts an interpreter: 0.15 s for a fuse of nothing, two thirds of it numpy, and 0.02 s to check 1,800 header
-entries. The rest of an average is the kernel copying pages, which is what `cat` does too, on two cores in place of
-one. At 16 finetunes that makes up for the start, at 8 almost: `average` and `task_arithmetic`, which do the same
-work, took 0.97 to 1.09 times `cat` in three runs within one hour.
-
-The two workers are forks. Threads took a third longer for an average and a sixth for DELLA: numpy gives up the
-interpreter's lock in each operation of 20 us, and whoever wants it back waits. Where a fork is not safe (another
-thread is running), threads still do the work.
-
-Tried and not better: mapped files instead of `preadv` (the loop is a tenth faster, but unmapping at the end takes
-more than that back), pieces of 16 Ki to 1 Mi entries (192 Ki is best). A bare loop of preadv, subtract, add and
-pwrite over the same pieces, in two processes, takes 0.34 s where ours takes 0.38.
-
-DELLA's time is the ranking of every row: numpy's radix sort of 16-bit keys is a quarter of it, putting the ranks back
-a tenth. mergekit runs once; against it DELLA took 1/14.6, 1/16.2 and 1/13.9 in three runs within that hour. Keys of 8
-bits would sort in half the time; the ranking would be coarser, and we kept it. (A vectorised sort of packed 32-bit
-keys takes 3.5 ns on rows of 768 and 9 on rows of 3,072 here.) SCE reads everything twice: once for the threshold and
-the energies, once to fuse.
+and starts an interpreter.
 
 "average" and all other rows leave out the sha256 of the output and the norms of the deltas (`--no-digest
 --no-norms`), which mergekit does not compute; the row that has both is what the command does by default.
