@@ -105,7 +105,7 @@ def fuse_arriving(
         )
     refuse_same_place(out, [base, *(k for k in arrivals.known if isinstance(k, Path))])
     with open_models(base, arrivals.known) as models:
-        entries = sum(models.base.parameters[n].entries for n in models.fused)
+        entries = models.entries
         work = entries * len(models.sources)
         count = counter(work, lambda done, _: tell(Progress(done, work + entries)))
         specs = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]

@@ -232,9 +232,10 @@ class _Work:
         self.options: Mapping[str, Any] = dict(plan.options)
         self.scale = plan.scale
         self.coefficients = [plan.coefficients[i] for i in plan.order]
-        entries = sum(models.base.parameters[n].entries for n in models.fused)
-        self.count = counter(entries, (lambda done, total: on_event(Progress(done, total))) if on_event else None)
-        self.squares: dict[tuple[str, int], list[float]] = {}
+        self.count = counter(
+            models.entries, (lambda done, total: on_event(Progress(done, total))) if on_event else None
+        )
+        self.squares: list[list[float]] = []
 
     @property
     def by_row(self) -> bool:
@@ -271,7 +272,7 @@ class _Work:
 
     def took(self, where: Range, squares: list[float]) -> None:
         """Take note of a piece that is done."""
-        self.squares[where.parameter.name, where.first] = squares
+        self.squares.append(squares)
         self.writing.digest(where.parameter.name, where.first, where.last)
         self.stepping.digest(where.parameter.name, where.first, where.last)
         self.count(where.last - where.first)
@@ -318,7 +319,7 @@ class _Work:
 
     def norms(self) -> list[float | None]:
         """L2 norm of each delta, when they were asked for."""
-        return [*norms_of(self.squares.values())] if self.wants_norms else [None] * len(self.models.sources)
+        return [*norms_of(self.squares)] if self.wants_norms else [None] * len(self.models.sources)
 
     def copy_kept(self, step: int = 1 << 20) -> None:
         """Copy the base's bytes of every parameter that is not fused."""

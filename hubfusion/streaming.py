@@ -124,6 +124,11 @@ class Models:
         return tuple(sorted(set(self.base.parameters) - set(self.fused)))
 
     @property
+    def entries(self) -> int:
+        """Entries of all fused parameters together."""
+        return sum(self.base.parameters[n].entries for n in self.fused)
+
+    @property
     def state_dtype(self) -> str:
         """The safetensors dtype of what is kept at working precision."""
         return "F64" if self.dtype is np.float64 else "F32"
@@ -149,7 +154,7 @@ class Models:
 
     def workers(self, asked: int | None) -> int:
         """How many workers a walk over these models gets (`hubfusion.workers.suited`)."""
-        return suited(sum(self.base.parameters[n].entries for n in self.fused) * (len(self.sources) + 1), asked)
+        return suited(self.entries * (len(self.sources) + 1), asked)
 
     def read(self, where: Range, buffer: Array) -> Piece:
         """Read one piece into ``buffer`` (k + 1, at least n)."""

@@ -122,7 +122,7 @@ def _thresholds(options: Options, models: Models, stack: ExitStack, workers: int
         ranks = {n: [sparse.kept_count(options["density"], models.base.parameters[n].entries)] for n in models.fused}
         found = _ranked_each(models, ranks, workers)
         return lambda piece: {"thresholds": found[piece.range.parameter.name][:, 0].tolist()}
-    entries = sum(models.base.parameters[n].entries for n in models.fused)
+    entries = models.entries
     rank = sparse.kept_count(options["density"], entries)
 
     def start() -> Callable[[int], float]:

@@ -18,6 +18,7 @@ from hubfusion.errors import CheckpointError
 from hubfusion.layout import Layout, Tensor, is_parameter
 from hubfusion.lineage import Reason
 from hubfusion.sketch import CHUNK, SIZE, Signs
+from hubfusion.streaming import counter
 from hubfusion.weights import Checkpoint
 from hubfusion.workers import spread, suited
 
@@ -99,16 +100,15 @@ def measure(
 
     sums = np.zeros((len(vectors) + 1, len(places) + TOGETHER, 4))
     sketches = np.zeros((len(vectors), SIZE))
-    done, total = 0, entries_of(encoder)
+    total = entries_of(encoder)
+    count = counter(total, on_entries)
     jobs = range(0, len(places), TOGETHER)
     for first, found in spread(jobs, work, suited(total * (len(vectors) + 1), workers)):
         sums[:, first : first + TOGETHER] = found.sums
         sketches += found.sketches
         for vector, bad in zip(vectors, found.bad, strict=True):
             vector.bad = vector.bad or bad
-        done += sum(place.count for place in places[first : first + TOGETHER])
-        if on_entries:
-            on_entries(done, total)
+        count(sum(place.count for place in places[first : first + TOGETHER]))
     sums = sums[:, : len(places)]
     if not np.isfinite(sums[-1]).all():
         wrong = places[int(np.flatnonzero(~np.isfinite(sums[-1, :, 0]))[0])]

@@ -3,7 +3,7 @@
 numpy gives up the interpreter's lock in every operation, but pieces that fit a core's cache take it 20 µs: two threads
 then wait for each other at every turn. Processes do not, and an average takes three quarters of the time. They are
 forks: they have the caller's open files and memory, and only numbers of jobs go out and results come back, by pipes.
-Where a fork is not safe (another thread is running, a GPU is in use) or not known, threads do the same work.
+Where a fork is not safe (another thread is running, or torch does the work) or not known, threads do the same.
 """
 
 from __future__ import annotations
