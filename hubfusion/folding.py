@@ -20,12 +20,12 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
 from hubfusion.methods import METHODS
 from hubfusion.methods.linear import Sum, add_up
+from hubfusion.parallel import counter, spread
 from hubfusion.streaming import (
     ROW_ENTRIES,
     Models,
     Range,
     Source,
-    counter,
     fitting,
     norms_of,
     open_models,
@@ -33,7 +33,6 @@ from hubfusion.streaming import (
     square,
 )
 from hubfusion.weights import Array, Checkpoint, Writing, write_checkpoint
-from hubfusion.workers import spread
 
 SUM = "sum.safetensors"
 

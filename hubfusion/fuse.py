@@ -22,13 +22,13 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.lineage import Option, Recipe
 from hubfusion.methods import METHODS, Method
 from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
+from hubfusion.parallel import counter, spread
 from hubfusion.streaming import (
     ROW_ENTRIES,
     Models,
     Piece,
     Range,
     Source,
-    counter,
     fitting,
     norms_of,
     open_models,
@@ -36,7 +36,6 @@ from hubfusion.streaming import (
 )
 from hubfusion.survey import Keywords, survey
 from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
-from hubfusion.workers import spread
 
 DEVICE_ENTRIES = 1 << 23
 ON_DEVICE = ("base", "fishers")
@@ -103,7 +102,7 @@ class Settings:
 
     ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
     there, a piece at a time, with the device's own rounding of sums and products. ``workers`` are processes, or threads
-    where a fork is not safe (`hubfusion.workers`); None takes one for a small model, else as many as there are cores,
+    where a fork is not safe (`hubfusion.parallel`); None takes one for a small model, else as many as there are cores,
     at most four. ``digest`` False saves the sha256 of the output, ``norms`` False measuring the deltas.
     """
 

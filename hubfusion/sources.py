@@ -20,8 +20,8 @@ from hubfusion.fusion import COMPANIONS
 from hubfusion.headers import header_bytes, parse_header, parse_index
 from hubfusion.methods import METHODS, Need
 from hubfusion.outer import OUTERS, STATE_FILE
+from hubfusion.parallel import counter
 from hubfusion.recipes import MODEL_ID, FuseRecipe
-from hubfusion.streaming import counter
 from hubfusion.survey import ACTIVATIONS_FILE, FISHER_FILE
 from hubfusion.weights import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter
 

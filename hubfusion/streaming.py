@@ -7,8 +7,7 @@ float64 when any file is). Buffers are sized for a core's cache, so memory depen
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 from hubfusion import adapters, align
 from hubfusion.errors import CheckpointError
 from hubfusion.methods.kinds import Unit
+from hubfusion.parallel import suited
 from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
-from hubfusion.workers import suited
 
 BLOCK = 8192
 BUFFER_ENTRIES = 1 << 20
@@ -153,7 +152,7 @@ class Models:
         return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1) // BLOCK * BLOCK)
 
     def workers(self, asked: int | None) -> int:
-        """How many workers a walk over these models gets (`hubfusion.workers.suited`)."""
+        """How many workers a walk over these models gets (`hubfusion.parallel.suited`)."""
         return suited(self.entries * (len(self.sources) + 1), asked)
 
     def read(self, where: Range, buffer: Array) -> Piece:
@@ -257,17 +256,3 @@ def open_source(given: Path | Checkpoint | Source, base: Checkpoint, tied: Mappi
     else:
         with open_checkpoint(given) as checkpoint:
             yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
-
-
-def counter(total: int, tell: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """Return a function that adds to a count, from any thread, and tells it and ``total``, which it never exceeds."""
-    done, lock = 0, threading.Lock()
-
-    def count(more: int) -> None:
-        nonlocal done
-        with lock:
-            done = min(total, done + more)
-            if tell:
-                tell(done, total)
-
-    return count

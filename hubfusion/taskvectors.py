@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from hubfusion.errors import CheckpointError
 from hubfusion.layout import Layout, Tensor, is_parameter
 from hubfusion.lineage import Reason
+from hubfusion.parallel import counter, spread, suited
 from hubfusion.sketch import CHUNK, SIZE, Signs
-from hubfusion.streaming import counter
 from hubfusion.weights import Checkpoint
-from hubfusion.workers import spread, suited
 
 Floats = NDArray[np.float32]
 OnEntries = Callable[[int, int], None]

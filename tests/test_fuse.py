@@ -196,7 +196,7 @@ def test_the_output_is_never_the_base_or_an_input(tmp_path):
 
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_same_bytes_whatever_workers_pieces_shards_and_order(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("hubfusion.workers.may_fork", lambda: kind == "processes")
+    monkeypatch.setattr("hubfusion.parallel.may_fork", lambda: kind == "processes")
     rng = np.random.default_rng(0)
     tensors = [{n: rng.standard_normal((300, 130)).astype(np.float32) for n in ("a", "b", "c")} for _ in range(5)]
     base, *inputs = [save(tmp_path / str(i), t) for i, t in enumerate(tensors)]

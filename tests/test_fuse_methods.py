@@ -95,7 +95,7 @@ def test_a_streamed_fuse_equals_the_slow_author(models, tmp_path, name):
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_bytes_for_any_workers_and_pieces(models, tmp_path, monkeypatch, name, kind):
-    monkeypatch.setattr("hubfusion.workers.may_fork", lambda: kind == "processes")
+    monkeypatch.setattr("hubfusion.parallel.may_fork", lambda: kind == "processes")
     base, inputs = models[0], inputs_of(name, models[1])
     plan = plan_for(name, len(inputs))
     wanted = fuse(plan, base, inputs, tmp_path / "out").files

@@ -229,3 +229,17 @@ def _portable(error: BaseException) -> BaseException:
     if not isinstance(error, FusionError):
         sent.add_note(f"in a worker process:\n{''.join(traceback.format_exception(error))}")
     return sent
+
+
+def counter(total: int, tell: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Return a function that adds to a count, from any thread, and tells it and ``total``, which it never exceeds."""
+    done, lock = 0, threading.Lock()
+
+    def count(more: int) -> None:
+        nonlocal done
+        with lock:
+            done = min(total, done + more)
+            if tell:
+                tell(done, total)
+
+    return count

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from hubfusion import workers
+from hubfusion import parallel as workers
 from hubfusion.errors import CheckpointError, FusionError, RecipeError
-from hubfusion.workers import spread, suited
+from hubfusion.parallel import spread, suited
 
 KINDS = pytest.mark.parametrize("fork", [True, False], ids=["processes", "threads"])
 may_fork = workers.may_fork
@@ -200,7 +200,7 @@ def test_without_room_for_a_process_the_others_do_its_share(monkeypatch):
 def test_workers_end_when_the_caller_is_killed():
     program = """
 import os, time
-from hubfusion.workers import spread
+from hubfusion.parallel import spread
 for _, pid in spread(range(10**6), lambda: lambda n: time.sleep(0.01) or os.getpid(), 2):
     if pid != os.getpid():
         print(pid, flush=True)
