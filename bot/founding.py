@@ -9,9 +9,9 @@ from markupsafe import Markup
 from bot.iteration import Run
 from bot.ledger import FILE as LEDGER_FILE
 from hubfusion.card import render
-from hubfusion.crawl import TAG
 from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub, Kind
+from hubfusion.hub.cards import TAG
 from hubfusion.lineage import Revision
 
 ALLOWED = (".json", ".safetensors", ".txt", ".model")

@@ -21,11 +21,12 @@ from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
 from bot.worker import Candidate, Job, Outcome, Probe
 from hubfusion.card import base_card
-from hubfusion.crawl import crawl, read_card
+from hubfusion.crawl import crawl
 from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
 from hubfusion.evaluate import content_key, plan_units
 from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
+from hubfusion.hub.cards import read_card
 from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
 from hubfusion.manifest import Manifest, describe_environment

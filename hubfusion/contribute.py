@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from hubfusion.card import merge_metadata, render
 from hubfusion.corpora import draw, load
-from hubfusion.crawl import TAG, front_matter
 from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub
+from hubfusion.hub.cards import TAG, front_matter
 from hubfusion.lineage import Revision
 from hubfusion.protocols import Training
 from hubfusion.publish import WEIGHTS, Release, current_release, fetch_release

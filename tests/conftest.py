@@ -24,5 +24,5 @@ os.environ |= {
 def forget_token_homes() -> Iterator[None]:
     """Tests share token texts but not servers: what one connected to must not keep another's token off its requests."""
     yield
-    if client := sys.modules.get("hubfusion.hub_client"):
+    if client := sys.modules.get("hubfusion.hub.client"):
         client._homes.clear()

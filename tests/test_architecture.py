@@ -14,9 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("hubfusion/**/*.py"), *ROOT.glob("bot/**/*.py")])
 NETWORK = {"socket", "httpx", "httpx2", "requests", "urllib3", "aiohttp", "huggingface_hub", "http", "uvicorn"}
 DOORS = (
-    "hubfusion/hub.py",
+    "hubfusion/hub/",
     "hubfusion/corpora.py",
-    "hubfusion/hub_client.py",
     "hubfusion/localhub/",
     "hubfusion/cli/hub.py",
 )

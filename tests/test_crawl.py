@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from hubfusion.crawl import crawl, front_matter
+from hubfusion.crawl import crawl
 from hubfusion.errors import NotFound
 from hubfusion.hub import Listing
+from hubfusion.hub.cards import front_matter
 from hubfusion.lineage import RemoteFile, Revision
 
 BASE = "ibm/base"

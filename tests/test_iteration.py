@@ -16,7 +16,7 @@ from hubfusion.lineage import Reason, Revision
 from hubfusion.localhub import LOST, Fault, FaultRequest
 from hubfusion.publish import current_release, manifest_at
 from tests import tiny
-from tests.test_hub_client import Faults
+from tests.hub.test_client import Faults
 from tests.world import BASE, BOT, World, make_world
 
 
@@ -27,7 +27,7 @@ def faults() -> Faults:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[World]:
-    monkeypatch.setattr("hubfusion.hub_client.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hubfusion.hub.client.time.sleep", lambda seconds: None)
     made = make_world(tmp_path, monkeypatch, faults=faults)
     yield made
     made.server.stop()
@@ -241,7 +241,7 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(
                 return Fault(status=418) if before else Fault(land=True, status=418)
         return None
 
-    from hubfusion import hub_client
+    from hubfusion.hub import client as hub_client
 
     original = hub_client._status
 

@@ -1,4 +1,4 @@
-"""The Hub calls that we make, as a Protocol, and `connect`, the only door to the network.
+"""The Hub calls that we make, as a Protocol, and the values they take and return.
 
 What the real client leaves open is closed behind this door (measured on huggingface_hub 2.4): it has no time-outs, it
 retries unevenly and without an upper bound, it follows page links to any host with the token, a commit whose answer
@@ -176,13 +176,3 @@ class JobState:
 
     over: bool
     message: str
-
-
-def connect(endpoint: str, token: str | None = None, *, tries: int = 5) -> Hub:
-    """A Hub behind ``endpoint`` (``http(s)://host[:port]``); without a token it reads as anybody may.
-
-    Only the endpoint differs between the real Hub and the embedded one.
-    """
-    from hubfusion.hub_client import HubClient
-
-    return HubClient(endpoint, token, tries=tries)

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from hubfusion.errors import Conflict, Corrupt, Forbidden, HubError, NotFound
-from hubfusion.hub import Change, Commit, Job, JobState, Kind, Listing, OnBytes
+from hubfusion.hub.protocol import Change, Commit, Job, JobState, Kind, Listing, OnBytes
 from hubfusion.lineage import RemoteFile, Revision
 
 T = TypeVar("T")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hubfusion import hub_client
 from hubfusion.errors import Conflict, Corrupt, Forbidden, HubError, NotFound
 from hubfusion.hub import Change, Kind, connect
-from hubfusion.hub_client import HubClient
+from hubfusion.hub import client as hub_client
+from hubfusion.hub.client import HubClient
 from hubfusion.lineage import RemoteFile, Revision
 from hubfusion.localhub import LOST, Fault, FaultRequest, LocalHub
 

@@ -1,0 +1,20 @@
+"""The Hub: what we ask of it (`Hub`), the client that asks it (`connect`), and the cards that people write there.
+
+`connect` is the only door to the network.
+"""
+
+from __future__ import annotations
+
+from hubfusion.hub.protocol import Change, Commit, Hub, Job, JobState, Kind, Listing, OnBytes
+
+__all__ = ["Change", "Commit", "Hub", "Job", "JobState", "Kind", "Listing", "OnBytes", "connect"]
+
+
+def connect(endpoint: str, token: str | None = None, *, tries: int = 5) -> Hub:
+    """A Hub behind ``endpoint`` (``http(s)://host[:port]``); without a token it reads as anybody may.
+
+    Only the endpoint differs between the real Hub and the embedded one.
+    """
+    from hubfusion.hub.client import HubClient  # only here: the client's libraries take 0.3 s to import
+
+    return HubClient(endpoint, token, tries=tries)
