@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hubfusion.weights import Parameter, write_checkpoint  # noqa: E402
+from hubfusion.checkpoint import Parameter, write_checkpoint  # noqa: E402
 
 TORCH_LOOP = """
 import sys, torch

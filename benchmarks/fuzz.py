@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError, deserialize
 
+from hubfusion.checkpoint.headers import ITEM_BYTES, parse_header, parse_index
 from hubfusion.errors import CheckpointError
-from hubfusion.headers import ITEM_BYTES, parse_header, parse_index
 
 TOKENS = (
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"null", b"true", b"NaN", b"-1", b"0", b"1e9", b"18446744073709551616",

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hubfusion.layout import Tensor, is_parameter
+from hubfusion.checkpoint import Checkpoint
+from hubfusion.checkpoint.layout import Tensor, is_parameter
 from hubfusion.sketch import SIZE
 from hubfusion.taskvectors import Floats, TaskVector
-from hubfusion.weights import Checkpoint
 
 ROWS = 1024
 # A row votes for a version whose row it equals this much better than any other; so many votes, this part, decide.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hubfusion.checkpoint.deltas import open_models
 from hubfusion.errors import RecipeError
-from hubfusion.streaming import open_models
 from hubfusion.survey import grams
 
 

@@ -15,13 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hubfusion import align
-from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
-from hubfusion.methods import METHODS
-from hubfusion.methods.linear import Sum, add_up
-from hubfusion.parallel import counter, spread
-from hubfusion.streaming import (
+from hubfusion.checkpoint import Array, Checkpoint, Writing, align, write_checkpoint
+from hubfusion.checkpoint.deltas import (
     ROW_ENTRIES,
     Models,
     Range,
@@ -32,7 +27,11 @@ from hubfusion.streaming import (
     open_source,
     square,
 )
-from hubfusion.weights import Array, Checkpoint, Writing, write_checkpoint
+from hubfusion.errors import CheckpointError, RecipeError
+from hubfusion.fuse import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
+from hubfusion.methods import METHODS
+from hubfusion.methods.linear import Sum, add_up
+from hubfusion.parallel import counter, spread
 
 SUM = "sum.safetensors"
 

@@ -18,12 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.lineage import Option, Recipe
-from hubfusion.methods import METHODS, Method
-from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
-from hubfusion.parallel import counter, spread
-from hubfusion.streaming import (
+from hubfusion.checkpoint import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
+from hubfusion.checkpoint.deltas import (
     ROW_ENTRIES,
     Models,
     Piece,
@@ -34,8 +30,12 @@ from hubfusion.streaming import (
     open_models,
     square,
 )
+from hubfusion.errors import CheckpointError, RecipeError
+from hubfusion.lineage import Option, Recipe
+from hubfusion.methods import METHODS, Method
+from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
+from hubfusion.parallel import counter, spread
 from hubfusion.survey import Keywords, survey
-from hubfusion.weights import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
 
 DEVICE_ENTRIES = 1 << 23
 ON_DEVICE = ("base", "fishers")
@@ -183,7 +183,7 @@ def fuse(
                 prepare()
             work.copy_kept()
             entries = settings.chunk or work.chunk()
-            pieces = models.ranges(entries, METHODS[plan.method].unit)
+            pieces = models.ranges(entries, METHODS[plan.method].granularity)
             for where, squares in spread(pieces, work.start, workers, fork=settings.device is None):
                 work.took(where, squares)
         norms = work.norms()

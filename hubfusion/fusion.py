@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import hubfusion
+from hubfusion.checkpoint import MANIFEST
 from hubfusion.fuse import Fused
 from hubfusion.lineage import dumps
 from hubfusion.methods import METHODS
 from hubfusion.outer import OUTERS, STATE_FILE
 from hubfusion.recipes import FuseRecipe, write_recipe
-from hubfusion.weights import MANIFEST
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

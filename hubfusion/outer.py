@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from hubfusion.checkpoint import Checkpoint, Parameter, Writing, WrittenFile, open_checkpoint, write_checkpoint
 from hubfusion.errors import CheckpointError
 from hubfusion.methods.kinds import Array, in_range, namespace
-from hubfusion.weights import Checkpoint, Parameter, Writing, WrittenFile, open_checkpoint, write_checkpoint
 
 STATE_FILE = "outer.safetensors"
 State = Mapping[str, Array]
@@ -180,7 +180,7 @@ class Stepping:
         return update
 
     def digest(self, name: str, first: int, last: int) -> None:
-        """Take these entries of the state, which are written, into its sha256 (`hubfusion.weights.Writing.digest`)."""
+        """Take these entries of the state, which are written, into its sha256 (`Writing.digest`)."""
         for slot in self.outer.slots:
             assert self.next is not None
             self.next.digest(f"{slot}.{name}", first, last)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hubfusion import headers
+from hubfusion.checkpoint import headers
+from hubfusion.checkpoint.headers import Header, TensorSpec
 from hubfusion.errors import CheckpointError
-from hubfusion.headers import Header, TensorSpec
 from hubfusion.hub import Hub
 from hubfusion.lineage import Reason, RemoteFile, Revision
 from hubfusion.policy import Policy

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubfusion.checkpoint import WEIGHTS_NAME
 from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
 from hubfusion.fuse import fuse
 from hubfusion.hub import Hub
@@ -21,7 +22,6 @@ from hubfusion.lineage import Recipe, RemoteFile, Revision, divided_by
 from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
 from hubfusion.screen import path_problem
 from hubfusion.signature import SIGNATURE, UNSIGNED, Identity, check_signature
-from hubfusion.weights import WEIGHTS_NAME
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[str], None]

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hubfusion.checkpoint.headers import MAX_HEADER_BYTES, TensorSpec
+from hubfusion.checkpoint.layout import match
 from hubfusion.errors import CheckpointError, NotFound
-from hubfusion.headers import MAX_HEADER_BYTES, TensorSpec
 from hubfusion.hub import Hub, Kind
 from hubfusion.hub.cards import MAX_CARD_BYTES, front_matter, read_card
-from hubfusion.layout import match
 from hubfusion.lineage import COMMIT_SHA, REPO_ID, Contribution, Finetune, Reason, Rejected, RemoteFile, Revision
 from hubfusion.peek import CONFIG, Refused, find_weights, read_config, read_tensors, refuse, short
 from hubfusion.policy import Policy as Policy

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hubfusion.weights import Array
+from hubfusion.checkpoint import Array
 
 MAX_HELD = 3 << 20
 SAMPLE, LARGEST_SAMPLE = 1 << 20, 2 << 20

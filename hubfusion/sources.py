@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubfusion import adapters
+from hubfusion.checkpoint import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter, adapters
+from hubfusion.checkpoint.headers import header_bytes, parse_header, parse_index
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fusion import COMPANIONS
-from hubfusion.headers import header_bytes, parse_header, parse_index
 from hubfusion.methods import METHODS, Need
 from hubfusion.outer import OUTERS, STATE_FILE
 from hubfusion.parallel import counter
 from hubfusion.recipes import MODEL_ID, FuseRecipe
 from hubfusion.survey import ACTIVATIONS_FILE, FISHER_FILE
-from hubfusion.weights import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter
 
 if TYPE_CHECKING:
     from hubfusion.folding import Arrivals

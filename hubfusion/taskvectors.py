@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hubfusion.checkpoint import Checkpoint
+from hubfusion.checkpoint.layout import Layout, Tensor, is_parameter
 from hubfusion.errors import CheckpointError
-from hubfusion.layout import Layout, Tensor, is_parameter
 from hubfusion.lineage import Reason
 from hubfusion.parallel import counter, spread, suited
 from hubfusion.sketch import CHUNK, SIZE, Signs
-from hubfusion.weights import Checkpoint
 
 Floats = NDArray[np.float32]
 OnEntries = Callable[[int, int], None]
@@ -64,7 +64,7 @@ def measure(
     on_entries: OnEntries | None = None,
     workers: int | None = None,
 ) -> float:
-    """Run over ``encoder`` (`hubfusion.layout.encoder_of` the base) and fill ``vectors``; returns ‖θ‖² of the base.
+    """Run over ``encoder`` (`encoder_of` the base) and fill ``vectors``; returns ‖θ‖² of the base.
 
     Sums are kept by chunk and added up in one order, whatever the number of workers. Raises `CheckpointError` when
     the base itself has a value that is not finite.

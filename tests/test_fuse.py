@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hubfusion.checkpoint.deltas import open_models
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import Plan, Progress, Settings, fuse
 from hubfusion.lineage import Recipe, Revision
-from hubfusion.streaming import open_models
 from hubfusion.survey import grams
 from tests.checkpoints import TRUNK, family, load, save, trunk
 

@@ -30,8 +30,8 @@ def _version(text: str) -> tuple[str, str]:
 
 def _fetch(text: str, hub: Hub | None, folder: Path) -> tuple[Contribution, Path]:
     """A local folder as it is, or the weights of ``owner/name[@revision]`` downloaded into ``folder``."""
+    from hubfusion.checkpoint import WEIGHTS_NAME
     from hubfusion.lineage import Contribution, Revision
-    from hubfusion.weights import WEIGHTS_NAME
 
     if Path(text).is_dir():
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(text).resolve().name).lstrip(".-") or "folder"

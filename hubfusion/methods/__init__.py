@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hubfusion.checkpoint.deltas import Granularity
 from hubfusion.methods.geometry import karcher, model_stock, slerp
-from hubfusion.methods.kinds import Method, Need, Unit
+from hubfusion.methods.kinds import Method, Need
 from hubfusion.methods.linear import average, average_sum, task_arithmetic, task_arithmetic_sum
 from hubfusion.methods.robust import geometric_median, median, multi_krum, trimmed_mean
 from hubfusion.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
 from hubfusion.methods.spectral import iso_c, tsv
 from hubfusion.methods.statistics import fisher, regmean
 
-__all__ = ["METHODS", "Method", "Need", "Unit"]
+__all__ = ["METHODS", "Method", "Need", "Granularity"]
 
 METHODS: Mapping[str, Method] = {
     "average": Method(average, needs=Need.NORMS, by_row=True, is_sum=True, as_sum=average_sum),
@@ -25,16 +26,16 @@ METHODS: Mapping[str, Method] = {
     "ties": Method(ties, needs=Need.THRESHOLDS, by_row=True),
     "dare": Method(dare, needs=Need.DRAWS, by_row=True),
     "dare_ties": Method(dare_ties, needs=Need.DRAWS, by_row=True),
-    "della": Method(della, unit=Unit.ROWS, needs=Need.DRAWS, by_row=True),
+    "della": Method(della, granularity=Granularity.ROWS, needs=Need.DRAWS, by_row=True),
     "breadcrumbs": Method(breadcrumbs, needs=Need.BANDS, by_row=True),
     "sce": Method(sce, needs=Need.SELECTION),
     "fisher": Method(fisher, needs=Need.FISHERS),
-    "regmean": Method(regmean, unit=Unit.PARAMETER, needs=Need.ACTIVATIONS, by_row=True),
+    "regmean": Method(regmean, granularity=Granularity.PARAMETER, needs=Need.ACTIVATIONS, by_row=True),
     "slerp": Method(slerp, needs=Need.SPHERE, by_row=True, is_sum=True),
     "karcher": Method(karcher, needs=Need.SPHERE, by_row=True, is_sum=True),
     "model_stock": Method(model_stock, needs=Need.GRAM, by_row=True, is_sum=True),
-    "iso_c": Method(iso_c, unit=Unit.PARAMETER, by_row=True),
-    "tsv": Method(tsv, unit=Unit.PARAMETER, by_row=True),
+    "iso_c": Method(iso_c, granularity=Granularity.PARAMETER, by_row=True),
+    "tsv": Method(tsv, granularity=Granularity.PARAMETER, by_row=True),
     "trimmed_mean": Method(trimmed_mean, needs=Need.NORMS),
     "median": Method(median, needs=Need.NORMS),
     "geometric_median": Method(geometric_median, needs=Need.GRAM, by_row=True, is_sum=True),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat
 import numpy as np
 
+from hubfusion.checkpoint.deltas import Granularity
 from hubfusion.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 
 Array = Any
 NORMS = ("keep", "clip", "equal")
-
-
-class Unit(StrEnum):
-    """What a method must see whole: any entries, rows (the last axis), or a parameter."""
-
-    ENTRIES = "entries"
-    ROWS = "rows"
-    PARAMETER = "parameter"
 
 
 class Need(StrEnum):
@@ -61,7 +54,7 @@ class Method:
     """
 
     function: Callable[..., Array]
-    unit: Unit = Unit.ENTRIES
+    granularity: Granularity = Granularity.ENTRIES
     needs: Need = Need.NOTHING
     by_row: bool = False
     is_sum: bool = False

@@ -25,7 +25,7 @@ CONSTANTS = (".position_ids", ".token_type_ids")
 
 
 class Tensor(Protocol):
-    """What is asked of a tensor: one of a header (`hubfusion.headers.TensorSpec`) or of an open checkpoint."""
+    """What is asked of a tensor: one of a header (`TensorSpec`) or of an open checkpoint."""
 
     @property
     def name(self) -> str:

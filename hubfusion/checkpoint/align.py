@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from hubfusion.checkpoint.reader import Checkpoint, Parameter
 from hubfusion.errors import CheckpointError
-from hubfusion.weights import Checkpoint, Parameter
 
 TASK_HEADS = frozenset({
     "classification_head", "classifier", "dense_final", "logits_proj", "pre_classifier", "qa_outputs", "score",

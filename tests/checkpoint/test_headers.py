@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
+from hubfusion.checkpoint.headers import MAX_HEADER_BYTES, header_bytes, parse_header, parse_index
 from hubfusion.errors import CheckpointError
-from hubfusion.headers import MAX_HEADER_BYTES, header_bytes, parse_header, parse_index
 from tests.tiny import base_tensors, sharded, weights
 
 

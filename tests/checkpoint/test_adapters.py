@@ -118,7 +118,7 @@ def test_an_adapter_of_conv1d_weights_and_one_full_finetune_are_averaged(tmp_pat
 def test_a_delta_has_the_same_bits_in_whatever_pieces_it_is_read(tmp_path):
     base = bert(tmp_path / "base")
     one = adapter(base, tmp_path / "one", "AutoModel", target_modules=[*ATTENTION, "dense"], use_dora=True)
-    from hubfusion.streaming import Range, open_models
+    from hubfusion.checkpoint.deltas import Range, open_models
 
     with open_models(base, [one]) as models:
         name = "encoder.layer.0.attention.self.query.weight"

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from hubfusion import align
+from hubfusion.checkpoint import align
+from hubfusion.checkpoint.reader import Array, Checkpoint, open_checkpoint
 from hubfusion.errors import CheckpointError
-from hubfusion.weights import Array, Checkpoint, open_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
@@ -57,7 +57,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT adapter as a `hubfusion.streaming.Source`: zero wherever it adapts nothing."""
+    """A PEFT adapter as a `hubfusion.checkpoint.deltas.Source`: zero wherever it adapts nothing."""
 
     path: Path
     names: Mapping[str, str]

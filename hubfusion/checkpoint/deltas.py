@@ -10,20 +10,28 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from hubfusion import adapters, align
+from hubfusion.checkpoint import adapters, align
+from hubfusion.checkpoint.reader import Array, Checkpoint, Parameter, open_checkpoint
 from hubfusion.errors import CheckpointError
-from hubfusion.methods.kinds import Unit
 from hubfusion.parallel import suited
-from hubfusion.weights import Array, Checkpoint, Parameter, open_checkpoint
 
 BLOCK = 8192
 BUFFER_ENTRIES = 1 << 20
 ROW_ENTRIES = 3 << 16
+
+
+class Granularity(StrEnum):
+    """What a method must see whole: any entries, rows (the last axis), or a parameter."""
+
+    ENTRIES = "entries"
+    ROWS = "rows"
+    PARAMETER = "parameter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +140,19 @@ class Models:
         """The safetensors dtype of what is kept at working precision."""
         return "F64" if self.dtype is np.float64 else "F32"
 
-    def ranges(self, entries: int, unit: Unit = Unit.ENTRIES, names: Sequence[str] | None = None) -> Iterator[Range]:
+    def ranges(
+        self, entries: int, granularity: Granularity = Granularity.ENTRIES, names: Sequence[str] | None = None
+    ) -> Iterator[Range]:
         """Split the fused parameters, in order of their names, into ranges of at most about ``entries`` entries.
 
-        Whole rows or parameters are never split when ``unit`` says so; other cuts are at multiples of `BLOCK`.
+        Whole rows or parameters are never split when ``granularity`` says so; other cuts are at multiples of `BLOCK`.
         """
         for name in self.fused if names is None else names:
             spec = self.base.parameters[name]
             step = max(BLOCK, entries // BLOCK * BLOCK)
-            if unit is Unit.PARAMETER or (unit is Unit.ROWS and len(spec.shape) < 2):
+            if granularity is Granularity.PARAMETER or (granularity is Granularity.ROWS and len(spec.shape) < 2):
                 step = spec.entries
-            elif unit is Unit.ROWS and spec.shape[-1]:
+            elif granularity is Granularity.ROWS and spec.shape[-1]:
                 step = max(1, entries // spec.shape[-1]) * spec.shape[-1]
             for first in range(0, spec.entries, max(step, 1)):
                 yield Range(spec, first, min(first + step, spec.entries))
@@ -198,10 +208,10 @@ class Models:
             return squares
         return [square(delta.astype(np.float64)) for delta in self.read_again(where).deltas]
 
-    def pieces(self, entries: int | None = None, unit: Unit = Unit.ENTRIES) -> Iterator[Piece]:
+    def pieces(self, entries: int | None = None, granularity: Granularity = Granularity.ENTRIES) -> Iterator[Piece]:
         """Iterate over all pieces in canonical order, in this thread, each overwriting the one before."""
         buffer = np.empty((len(self.sources) + 1, 0), self.dtype)
-        for where in self.ranges(entries or self.chunk(), unit):
+        for where in self.ranges(entries or self.chunk(), granularity):
             buffer = fitting(buffer, where.last - where.first)
             yield self.read(where, buffer)
 
@@ -245,7 +255,7 @@ def open_models(base: Path, inputs: Sequence[Path | Checkpoint | Source]) -> Ite
 
 @contextmanager
 def open_source(given: Path | Checkpoint | Source, base: Checkpoint, tied: Mapping[str, str]) -> Iterator[Source]:
-    """Open one input and match it to the base; ``tied`` are the base's `hubfusion.align.tied_names`."""
+    """Open one input and match it to the base; ``tied`` are the base's `hubfusion.checkpoint.align.tied_names`."""
     if isinstance(given, Checkpoint):
         yield Finetuned(given, align.match(base, given, tied))
     elif not isinstance(given, Path):

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hubfusion.checkpoint import Parameter, encode, open_checkpoint, plan_shards, write_checkpoint
 from hubfusion.errors import CheckpointError
-from hubfusion.weights import Parameter, encode, open_checkpoint, plan_shards, write_checkpoint
 from tests.checkpoints import load, save
 
 SPECS = [Parameter("a", "F32", (2, 3), Path()), Parameter("b", "BF16", (5,), Path()), Parameter("c", "I64", (), Path())]
@@ -183,7 +183,7 @@ def test_an_exception_while_writing_leaves_the_old_checkpoint_as_it_was(tmp_path
 
 def test_a_killed_writer_leaves_nothing_that_looks_finished_and_the_next_one_cleans_up(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from hubfusion.weights import Parameter, write_checkpoint\n"
+        "import sys, time; from pathlib import Path; from hubfusion.checkpoint import Parameter, write_checkpoint\n"
         "with write_checkpoint(Path(sys.argv[1]), [Parameter('a', 'F32', (4,), Path())]):\n"
         "    print('writing', flush=True); time.sleep(60)"
     )
