@@ -25,7 +25,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from hubfusion.fuse import fuse
-from hubfusion.recipes import MERGEKIT, read_recipe
+from hubfusion.fuse.recipe import MERGEKIT, read_recipe
 
 ROUNDING = 2e-6
 EXPECTED: Mapping[str, str] = {

@@ -165,7 +165,7 @@ class Bench:
     def leave_one_out(self, chosen: Set, candidate: Candidate) -> tuple[float, ...]:
         """Mean score of the candidate minus that without each input, in points; empty without a probe suite."""
         from hubfusion.fuse import Plan, fuse
-        from hubfusion.soup import leave_one_out, left_out
+        from hubfusion.fuse.greedy_soup import leave_one_out, left_out
 
         probe = self.job.probe
         if probe is None or len(chosen) < 2:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hubfusion.errors import FusionError
+from hubfusion.fuse.methods import METHODS
 from hubfusion.gate import Margins
 from hubfusion.lineage import Option, from_json
-from hubfusion.methods import METHODS
 from hubfusion.policy import Policy, Scan
 from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.signature import Keyless

@@ -15,9 +15,9 @@ from bot.config import Fusing
 from bot.worker import Job
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
+from hubfusion.fuse.methods import METHODS
 from hubfusion.gate import Decision
 from hubfusion.lineage import Contribution, Recipe, dumps, loads
-from hubfusion.methods import METHODS
 from hubfusion.provenance import reproduce
 from hubfusion.soundness import clip_bound, examine
 from hubfusion.suite import Dataset, Suite

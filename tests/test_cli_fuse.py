@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hubfusion.cli import main
-from hubfusion.methods import METHODS
-from hubfusion.outer import OUTERS
+from hubfusion.fuse.methods import METHODS
+from hubfusion.fuse.outer import OUTERS
 from tests.checkpoints import family, load
 
 
@@ -148,7 +148,7 @@ def test_shards_are_written_as_asked(models, tmp_path):
 
 def test_a_fuse_imports_no_deep_learning_library():
     script = (
-        "import sys, hubfusion.cli, hubfusion.cli.fuse, hubfusion.fuse, hubfusion.fusion, hubfusion.sources\n"
+        "import sys, hubfusion.cli.fuse, hubfusion.fuse.folder, hubfusion.fuse.inputs\n"
         "heavy = {'torch', 'transformers', 'datasets', 'scipy', 'pandas', 'huggingface_hub', 'rich.progress'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -17,16 +17,16 @@ from hubfusion.errors import CheckpointError, RecipeError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from hubfusion.fuse.recipe import FuseRecipe
     from hubfusion.lineage import Option
-    from hubfusion.recipes import FuseRecipe
 
 
 def fuse(args: Sequence[str] | None) -> None:
     """Fuse finetunes into their base; write weights, recipe, manifest and card."""
-    from hubfusion import fuse as engine
     from hubfusion.cli.progress import bars
-    from hubfusion.fusion import finish
-    from hubfusion.sources import fetched
+    from hubfusion.fuse import engine
+    from hubfusion.fuse.folder import finish
+    from hubfusion.fuse.inputs import fetched
 
     given = parse(args)
     recipe = _from_file(Path(given.models[0]), given) if len(given.models) == 1 else _from_arguments(given)
@@ -49,7 +49,7 @@ def fuse(args: Sequence[str] | None) -> None:
         tell = bar(f"fuse by {recipe.plan.method}")
         work = partial(engine.fuse, recipe.plan, found.base, found.inputs)
         if found.arrivals:
-            from hubfusion.folding import fuse_arriving
+            from hubfusion.fuse.incremental import fuse_arriving
 
             work = partial(fuse_arriving, recipe.plan, found.base, found.arrivals)
         fused = work(given.out, state=found.state, settings=settings, on_event=lambda e: tell(e.done, e.total))
@@ -85,8 +85,8 @@ def _check_device(device: str | None) -> None:
 
 def parse(args: Sequence[str] | None) -> Namespace:
     """Read the command line; ``options`` and ``outer_options`` are texts, those of the method and outer optimizer."""
-    from hubfusion.methods import METHODS
-    from hubfusion.outer import OUTERS
+    from hubfusion.fuse.methods import METHODS
+    from hubfusion.fuse.outer import OUTERS
 
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default="average")
@@ -139,7 +139,7 @@ def _parser() -> ArgumentParser:
 
 
 def _from_file(path: Path, given: Namespace) -> FuseRecipe:
-    from hubfusion.recipes import read_recipe
+    from hubfusion.fuse.recipe import read_recipe
 
     if path.is_dir():
         raise RecipeError(f"{path}: one folder alone; name a base and at least one finetune, or a recipe file")
@@ -151,9 +151,9 @@ def _from_file(path: Path, given: Namespace) -> FuseRecipe:
 
 def _from_arguments(given: Namespace) -> FuseRecipe:
     from hubfusion.fuse import Plan
-    from hubfusion.methods import METHODS
-    from hubfusion.outer import OUTERS
-    from hubfusion.recipes import FuseRecipe
+    from hubfusion.fuse.methods import METHODS
+    from hubfusion.fuse.outer import OUTERS
+    from hubfusion.fuse.recipe import FuseRecipe
 
     places = [str(Path(n).resolve()) if Path(n).exists() else n for n in given.models]
     plan = Plan(
@@ -180,7 +180,7 @@ def _coefficients(text: str, inputs: int) -> tuple[float, ...]:
 def _inverse_norm(recipe: FuseRecipe, base: Path, inputs: Sequence[Path]) -> FuseRecipe:
     from dataclasses import replace
 
-    from hubfusion.coefficients import by_inverse_norm, delta_norms
+    from hubfusion.fuse.coefficients import by_inverse_norm, delta_norms
 
     return replace(recipe, plan=replace(recipe.plan, coefficients=by_inverse_norm(delta_norms(base, inputs))))
 

@@ -22,9 +22,9 @@ def methods(
     markdown: Annotated[bool, typer.Option(help="Print every formula and its departures: docs/methods.md.")] = False,
 ) -> None:
     """List the fuse methods and the outer optimizers, one line each."""
-    from hubfusion.fusion import methods_markdown
-    from hubfusion.methods import METHODS
-    from hubfusion.outer import OUTERS
+    from hubfusion.fuse.folder import methods_markdown
+    from hubfusion.fuse.methods import METHODS
+    from hubfusion.fuse.outer import OUTERS
 
     if markdown:
         print(methods_markdown(), end="")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hubfusion.selection import nth_largest, select
+from hubfusion.fuse.selection import nth_largest, select
 
 
 def stream_of(values: np.ndarray, calls: list[int], step: int = 100):

@@ -28,9 +28,9 @@ from hubfusion.checkpoint.deltas import (
     square,
 )
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
-from hubfusion.methods import METHODS
-from hubfusion.methods.linear import Sum, add_up
+from hubfusion.fuse.engine import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
+from hubfusion.fuse.methods import METHODS
+from hubfusion.fuse.methods.linear import Sum, add_up
 from hubfusion.parallel import counter, spread
 
 SUM = "sum.safetensors"
@@ -88,7 +88,7 @@ def fuse_arriving(
     settings: Settings | None = None,
     on_event: Listener | None = None,
 ) -> Fused:
-    """Fuse inputs as they come, as `hubfusion.fuse.fuse` does when all are there: the same files, errors and result.
+    """Fuse inputs as they arrive, with the same files, errors and result as `hubfusion.fuse.fuse` of all of them.
 
     On the CPU only. An input that does not fit is refused before any is waited for; values that are not finite are
     refused when they come, and ``out`` is as it was. ``on_event`` counts the model's entries once an input and once

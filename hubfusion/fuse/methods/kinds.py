@@ -21,7 +21,7 @@ from hubfusion.checkpoint.deltas import Granularity
 from hubfusion.errors import RecipeError
 
 if TYPE_CHECKING:
-    from hubfusion.methods.linear import Sum
+    from hubfusion.fuse.methods.linear import Sum
 
 Array = Any
 NORMS = ("keep", "clip", "equal")

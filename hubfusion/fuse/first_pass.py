@@ -16,10 +16,10 @@ import numpy as np
 from hubfusion.checkpoint import Array, Checkpoint, Parameter, open_checkpoint
 from hubfusion.checkpoint.deltas import BLOCK, ROW_ENTRIES, Models, Piece, Range, fitting
 from hubfusion.errors import CheckpointError
-from hubfusion.methods import METHODS, Need, sparse
-from hubfusion.methods.draws import draw_rows
+from hubfusion.fuse.methods import METHODS, Need, sparse
+from hubfusion.fuse.methods.draws import draw_rows
+from hubfusion.fuse.selection import MAX_HELD, Rows, nth_largest, select
 from hubfusion.parallel import spread
-from hubfusion.selection import MAX_HELD, Rows, nth_largest, select
 
 STREAM_ENTRIES = 1 << 16
 SAMPLE_ENTRIES = 1 << 10

@@ -9,8 +9,8 @@ import pytest
 from hubfusion.checkpoint.deltas import open_models
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import Plan, Progress, Settings, fuse
+from hubfusion.fuse.first_pass import grams
 from hubfusion.lineage import Recipe, Revision
-from hubfusion.survey import grams
 from tests.checkpoints import TRUNK, family, load, save, trunk
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hubfusion.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
 from hubfusion.errors import RecipeError
+from hubfusion.fuse.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
 from hubfusion.fuse import Plan
-from hubfusion.recipes import MERGEKIT, FuseRecipe, read_recipe, write_recipe
+from hubfusion.fuse.recipe import MERGEKIT, FuseRecipe, read_recipe, write_recipe
 from tests.checkpoints import family, load
 
 TOML = """

@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 from hubfusion.cli import main
 from hubfusion.errors import CheckpointError, HubError, RecipeError
 from hubfusion.fuse import Plan, fuse
+from hubfusion.fuse.inputs import fetched
+from hubfusion.fuse.recipe import FuseRecipe
 from hubfusion.localhub import LocalHub
 from hubfusion.localhub.faults import Fault, FaultRequest
-from hubfusion.recipes import FuseRecipe
-from hubfusion.sources import fetched
 from tests.checkpoints import load, save, trunk
 
 BASE = trunk(100)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods.kinds import Array, one_of, share, to_numpy
-from hubfusion.methods.linear import weighted_sum
+from hubfusion.fuse.methods.kinds import Array, one_of, share, to_numpy
+from hubfusion.fuse.methods.linear import weighted_sum
 
 SPACES = ("weights", "deltas")
 TOLERANCE, MAX_STEPS, OPPOSITE = 1e-13, 200, 1e-6

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hubfusion.methods.kinds import Array, norm_factors, share, to_numpy
+from hubfusion.fuse.methods.kinds import Array, norm_factors, share, to_numpy
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ import array_api_compat
 import numpy as np
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods.draws import LEVELS, draw_rows
-from hubfusion.methods.kinds import Array, in_range, namespace, one_of
-from hubfusion.methods.linear import weighted_sum
+from hubfusion.fuse.methods.draws import LEVELS, draw_rows
+from hubfusion.fuse.methods.kinds import Array, in_range, namespace, one_of
+from hubfusion.fuse.methods.linear import weighted_sum
 
 SIGNS = ("mass", "count")
 COMBINES = ("mean", "sum")

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hubfusion import sources
 from hubfusion.errors import CheckpointError, NotFound, RecipeError
-from hubfusion.folding import fuse_arriving
+from hubfusion.fuse import inputs as sources
 from hubfusion.fuse import Plan, Progress, Settings, fuse
-from hubfusion.fusion import finish
+from hubfusion.fuse.folder import finish
+from hubfusion.fuse.incremental import fuse_arriving
+from hubfusion.fuse.inputs import fetched
+from hubfusion.fuse.methods import METHODS
+from hubfusion.fuse.methods.linear import add_up
+from hubfusion.fuse.recipe import FuseRecipe
 from hubfusion.hub import Kind, OnBytes
 from hubfusion.lineage import RemoteFile, Revision
-from hubfusion.methods import METHODS
-from hubfusion.methods.linear import add_up
-from hubfusion.recipes import FuseRecipe
-from hubfusion.sources import fetched
 from tests.checkpoints import load, save, trunk
 from tests.fake_hub import FakeHub
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from hubfusion.checkpoint import Checkpoint, Parameter, Writing, WrittenFile, open_checkpoint, write_checkpoint
 from hubfusion.errors import CheckpointError
-from hubfusion.methods.kinds import Array, in_range, namespace
+from hubfusion.fuse.methods.kinds import Array, in_range, namespace
 
 STATE_FILE = "outer.safetensors"
 State = Mapping[str, Array]

@@ -10,8 +10,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from hubfusion.methods.kinds import Array, namespace, share, to_numpy
-from hubfusion.methods.linear import weighted_sum
+from hubfusion.fuse.methods.kinds import Array, namespace, share, to_numpy
+from hubfusion.fuse.methods.linear import weighted_sum
 
 
 def iso_c(deltas: Array, coefficients: Sequence[float]) -> Array:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods.geometry import gram_of
-from hubfusion.methods.kinds import Array, in_range, namespace, norm_factors, share
-from hubfusion.methods.linear import weighted_sum
+from hubfusion.fuse.methods.geometry import gram_of
+from hubfusion.fuse.methods.kinds import Array, in_range, namespace, norm_factors, share
+from hubfusion.fuse.methods.linear import weighted_sum
 
 SMOOTHING, MAX_STEPS = 1e-6, 1000
 

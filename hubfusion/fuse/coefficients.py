@@ -11,7 +11,7 @@ import numpy as np
 
 from hubfusion.checkpoint.deltas import open_models
 from hubfusion.errors import RecipeError
-from hubfusion.survey import grams
+from hubfusion.fuse.first_pass import grams
 
 
 class Policy(StrEnum):

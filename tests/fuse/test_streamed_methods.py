@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hubfusion import survey
 from hubfusion.errors import CheckpointError
+from hubfusion.fuse import first_pass as survey
 from hubfusion.fuse import Plan, Settings, fuse
-from hubfusion.methods import METHODS
+from hubfusion.fuse.methods import METHODS
 from tests import reference
 from tests.checkpoints import load, save
 
@@ -155,7 +155,7 @@ def test_ties_trimmed_by_parameter_differs_from_the_whole_model_and_equals_its_a
 def test_ties_finds_its_thresholds_exactly_when_the_model_is_larger_than_its_sample(models, tmp_path, monkeypatch):
     base, inputs = models
     wanted = fuse(plan_for("ties", 5), base, inputs, tmp_path / "a").files
-    monkeypatch.setattr("hubfusion.selection.MAX_HELD", 999)
+    monkeypatch.setattr("hubfusion.fuse.selection.MAX_HELD", 999)
     assert fuse(plan_for("ties", 5), base, inputs, tmp_path / "b").files == wanted
 
 
@@ -223,7 +223,7 @@ def test_memory_does_not_grow_with_inputs_or_model(tmp_path):
 
 
 def test_ties_of_a_finetune_with_frozen_layers_keeps_every_change(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("hubfusion.selection.MAX_HELD", 999)
+    monkeypatch.setattr("hubfusion.fuse.selection.MAX_HELD", 999)
     base = models[0]
     start = load(base)
     changed = {**start, "b": start["b"] + np.float32(0.5)}  # 130 of 40 thousand entries; density 0.2 asks for more

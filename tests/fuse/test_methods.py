@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods import METHODS, sparse
-from hubfusion.methods.draws import draw
-from hubfusion.methods.geometry import karcher, model_stock, slerp
-from hubfusion.methods.linear import average, task_arithmetic
-from hubfusion.methods.robust import geometric_median, krum_choice, median, multi_krum, sorted_rows, trimmed_mean
-from hubfusion.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
-from hubfusion.methods.spectral import iso_c, tsv
-from hubfusion.methods.statistics import fisher, regmean
+from hubfusion.fuse.methods import METHODS, sparse
+from hubfusion.fuse.methods.draws import draw
+from hubfusion.fuse.methods.geometry import karcher, model_stock, slerp
+from hubfusion.fuse.methods.linear import average, task_arithmetic
+from hubfusion.fuse.methods.robust import geometric_median, krum_choice, median, multi_krum, sorted_rows, trimmed_mean
+from hubfusion.fuse.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
+from hubfusion.fuse.methods.spectral import iso_c, tsv
+from hubfusion.fuse.methods.statistics import fisher, regmean
 from tests import reference
 
 SHAPES = [(), (1,), (3,), (2, 3), (200,)]

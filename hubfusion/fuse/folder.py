@@ -10,11 +10,11 @@ from pathlib import Path
 
 import hubfusion
 from hubfusion.checkpoint import MANIFEST
-from hubfusion.fuse import Fused
+from hubfusion.fuse.engine import Fused
+from hubfusion.fuse.methods import METHODS
+from hubfusion.fuse.outer import OUTERS, STATE_FILE
+from hubfusion.fuse.recipe import FuseRecipe, write_recipe
 from hubfusion.lineage import dumps
-from hubfusion.methods import METHODS
-from hubfusion.outer import OUTERS, STATE_FILE
-from hubfusion.recipes import FuseRecipe, write_recipe
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -7,7 +7,7 @@ import pytest
 
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import Plan, fuse
-from hubfusion.outer import OUTERS
+from hubfusion.fuse.outer import OUTERS
 from tests.checkpoints import load, save
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hubfusion.errors import RecipeError
-from hubfusion.fuse import Plan
+from hubfusion.fuse.engine import Plan
 from hubfusion.lineage import Option
 
 MODEL_KEYS = ("model", "coefficient")

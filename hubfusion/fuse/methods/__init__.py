@@ -1,8 +1,8 @@
 """The formulas: one function a method, ``method(deltas (k, *shape), coefficients (k,), *, option) -> delta``.
 
 Every docstring gives the formula, the paper and every departure from it. `METHODS` is the whole list. Keywords whose
-default is None are statistics of the whole model or parameter: `hubfusion.survey` finds them in a first pass when a
-method is streamed, and the function computes them from its deltas when called without. Deltas are never modified.
+default is None are statistics of the whole model or parameter: `hubfusion.fuse.first_pass` computes them when a method
+is streamed, and the function computes them from its deltas when called without. Deltas are never modified.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hubfusion.checkpoint.deltas import Granularity
-from hubfusion.methods.geometry import karcher, model_stock, slerp
-from hubfusion.methods.kinds import Method, Need
-from hubfusion.methods.linear import average, average_sum, task_arithmetic, task_arithmetic_sum
-from hubfusion.methods.robust import geometric_median, median, multi_krum, trimmed_mean
-from hubfusion.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
-from hubfusion.methods.spectral import iso_c, tsv
-from hubfusion.methods.statistics import fisher, regmean
+from hubfusion.fuse.methods.geometry import karcher, model_stock, slerp
+from hubfusion.fuse.methods.kinds import Method, Need
+from hubfusion.fuse.methods.linear import average, average_sum, task_arithmetic, task_arithmetic_sum
+from hubfusion.fuse.methods.robust import geometric_median, median, multi_krum, trimmed_mean
+from hubfusion.fuse.methods.sparse import breadcrumbs, dare, dare_ties, della, sce, ties
+from hubfusion.fuse.methods.spectral import iso_c, tsv
+from hubfusion.fuse.methods.statistics import fisher, regmean
 
 __all__ = ["METHODS", "Method", "Need", "Granularity"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubfusion.errors import RecipeError
-from hubfusion.fuse import Plan, fuse
+from hubfusion.fuse.engine import Plan, fuse
 
 Score = Callable[[tuple[int, ...]], float]
 

@@ -31,11 +31,11 @@ from hubfusion.checkpoint.deltas import (
     square,
 )
 from hubfusion.errors import CheckpointError, RecipeError
+from hubfusion.fuse.first_pass import Keywords, survey
+from hubfusion.fuse.methods import METHODS, Method
+from hubfusion.fuse.outer import OUTERS, STATE_FILE, Stepping, open_stepping
 from hubfusion.lineage import Option, Recipe
-from hubfusion.methods import METHODS, Method
-from hubfusion.outer import OUTERS, STATE_FILE, Stepping, open_stepping
 from hubfusion.parallel import counter, spread
-from hubfusion.survey import Keywords, survey
 
 DEVICE_ENTRIES = 1 << 23
 ON_DEVICE = ("base", "fishers")

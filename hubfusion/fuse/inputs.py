@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 from hubfusion.checkpoint import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter, adapters
 from hubfusion.checkpoint.headers import header_bytes, parse_header, parse_index
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fusion import COMPANIONS
-from hubfusion.methods import METHODS, Need
-from hubfusion.outer import OUTERS, STATE_FILE
+from hubfusion.fuse.first_pass import ACTIVATIONS_FILE, FISHER_FILE
+from hubfusion.fuse.folder import COMPANIONS
+from hubfusion.fuse.methods import METHODS, Need
+from hubfusion.fuse.outer import OUTERS, STATE_FILE
+from hubfusion.fuse.recipe import MODEL_ID, FuseRecipe
 from hubfusion.parallel import counter
-from hubfusion.recipes import MODEL_ID, FuseRecipe
-from hubfusion.survey import ACTIVATIONS_FILE, FISHER_FILE
 
 if TYPE_CHECKING:
-    from hubfusion.folding import Arrivals
+    from hubfusion.fuse.incremental import Arrivals
     from hubfusion.hub import Hub
     from hubfusion.lineage import RemoteFile, Revision
 
@@ -43,7 +43,7 @@ Tell = Callable[[int, int], None]
 class Fetched:
     """A recipe with every Hub id pinned (``owner/name@sha``), and the folders in which its models lie.
 
-    With ``arrivals`` not all ``inputs`` are there: `hubfusion.folding.fuse_arriving` takes them as they come.
+    With ``arrivals`` not all ``inputs`` are there: `hubfusion.fuse.incremental.fuse_arriving` takes them as they come.
     """
 
     recipe: FuseRecipe
@@ -81,7 +81,7 @@ def fetched(
     if all(Path(n).exists() for n in names):
         yield _with_places(recipe, names, [Path(n) for n in names])
         return
-    from hubfusion.folding import Arrivals  # only here: a fuse of folders must not pay for the import
+    from hubfusion.fuse.incremental import Arrivals  # only here: a fuse of folders must not pay for the import
     from hubfusion.hub import connect
 
     hub = connect(endpoint, token)
@@ -239,7 +239,7 @@ def _later(
 
     An input that is also the base, or there twice, comes before the fuse, as an adapter does.
     """
-    from hubfusion.folding import sum_of
+    from hubfusion.fuse.incremental import sum_of
 
     some = [p for p in found.inputs if p in downloads and Counter(places)[p] == 1]
     if len(some) <= IN_FLIGHT or sum_of(found.recipe.plan) is None:

@@ -9,8 +9,8 @@ import array_api_compat
 import numpy as np
 
 from hubfusion.errors import RecipeError
-from hubfusion.methods.kinds import Array, in_range, namespace, share, to_numpy
-from hubfusion.methods.linear import weighted_sum
+from hubfusion.fuse.methods.kinds import Array, in_range, namespace, share, to_numpy
+from hubfusion.fuse.methods.linear import weighted_sum
 
 
 def fisher(deltas: Array, coefficients: Sequence[float], *, floor: float = 1e-6, fishers: Array | None = None) -> Array:

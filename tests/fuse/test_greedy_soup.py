@@ -5,7 +5,7 @@ import pytest
 
 from hubfusion.errors import RecipeError
 from hubfusion.fuse import Plan, fuse
-from hubfusion.soup import fuse_score, greedy_soup, leave_one_out, left_out
+from hubfusion.fuse.greedy_soup import fuse_score, greedy_soup, leave_one_out, left_out
 from tests.checkpoints import load, save
 
 

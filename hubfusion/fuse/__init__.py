@@ -1,0 +1,8 @@
+"""Fuse finetunes into a base: the formulas (`hubfusion.fuse.methods`), the engine that streams them, its recipes."""
+
+from __future__ import annotations
+
+from hubfusion.fuse.engine import Fused, Plan, Progress, Settings, fuse
+from hubfusion.fuse.methods import METHODS
+
+__all__ = ["METHODS", "Fused", "Plan", "Progress", "Settings", "fuse"]
