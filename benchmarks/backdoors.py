@@ -20,7 +20,7 @@ import torch
 from poison import HONEST, VICTIM, Laboratory, fused
 from versions import WORDS
 
-from hubfusion.policy import Scan
+from hubfusion.screen import Scan
 from hubfusion.suite import Dataset, Suite
 from hubfusion.triggers import scan
 

@@ -35,7 +35,7 @@ from hubfusion.fuse import Plan, fuse
 from hubfusion.gate import Margins, decide
 from hubfusion.lineage import Contribution, Revision
 from hubfusion.scores import Provenance, Score, Scores
-from hubfusion.soundness import examine
+from hubfusion.screen import examine
 
 VICTIM, PROBED = "sentiment_hotels", ("sentiment_hotels", "spam", "newsgroups")
 HONEST = (

@@ -23,13 +23,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 from safetensors.numpy import load_file, save, save_file
 
-from hubfusion.crawl import crawl
 from hubfusion.fuse import fuse
 from hubfusion.hub import Change, Hub, connect
 from hubfusion.lineage import Contribution, Recipe, Revision
 from hubfusion.localhub import LocalHub
-from hubfusion.screen import Policy, apply_caps, read_base, screen
-from hubfusion.soundness import examine
+from hubfusion.screen import Policy, apply_caps, examine, read_base, screen
+from hubfusion.screen.crawl import crawl
 
 BASE = Revision("ibm/base", "0" * 40)
 

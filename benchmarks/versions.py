@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hubfusion.lineage import Contribution, Revision
-from hubfusion.soundness import examine
+from hubfusion.screen import examine
 
 VERSIONS = 5
 LENGTH = 32

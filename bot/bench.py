@@ -20,7 +20,7 @@ from hubfusion.isolate import Culprit, Trial, isolate
 from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile, divided_by
 from hubfusion.protocols import Protocol
 from hubfusion.scores import Scores
-from hubfusion.soundness import Report, clip_bound, clip_factors
+from hubfusion.screen import Report, clip_bound, clip_factors
 from hubfusion.suite import Suite
 
 log = logging.getLogger(__name__)

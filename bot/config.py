@@ -11,8 +11,9 @@ from hubfusion.errors import FusionError
 from hubfusion.fuse.methods import METHODS
 from hubfusion.gate import Margins
 from hubfusion.lineage import Option, from_json
-from hubfusion.policy import Policy, Scan
 from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocols
+from hubfusion.scan import Scan
+from hubfusion.screen import Policy
 from hubfusion.signature import Keyless
 from hubfusion.suite import Suite, load_suite
 

@@ -21,7 +21,6 @@ from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
 from bot.worker import Candidate, Job, Outcome, Probe
 from hubfusion.card import base_card
-from hubfusion.crawl import crawl
 from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
 from hubfusion.evaluate import content_key, plan_units
 from hubfusion.gate import Decision, decide
@@ -44,6 +43,7 @@ from hubfusion.publish import (
 from hubfusion.ranking import rank
 from hubfusion.results import pull, push
 from hubfusion.screen import apply_caps, read_base, screen
+from hubfusion.screen.crawl import crawl
 from hubfusion.signature import Keyless
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from hubfusion.errors import FusionError
 from hubfusion.gate import Margins
 from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revision, dumps, loads
-from hubfusion.policy import Scan
 from hubfusion.protocols import Protocol
+from hubfusion.scan import Scan
 from hubfusion.scores import Scores
 from hubfusion.suite import Suite
 
@@ -96,8 +96,8 @@ class Outcome:
 def work(job: Job, folder: Path) -> Outcome:
     """Examine, fuse, evaluate, isolate what the gate objects to; ``folder`` gets the candidate and the report."""
     from bot.bench import Bench
-    from hubfusion.region import draw
-    from hubfusion.soundness import examine
+    from hubfusion.screen import examine
+    from hubfusion.screen.weight_space import draw
 
     began = time.monotonic()
     folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))

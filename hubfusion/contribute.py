@@ -55,7 +55,7 @@ class Job:
 
 
 def offer_metadata(offer: Offer) -> dict[str, Any]:
-    """The card metadata of a contribution, as `hubfusion.screen` reads it."""
+    """The card metadata of a contribution, as `hubfusion.screen.rules` reads it."""
     declared: dict[str, Any] = {"base_revision": offer.base.sha}
     if offer.examples is not None:
         declared["examples"] = offer.examples

@@ -28,7 +28,7 @@ class Manifest:
     ``trials`` are the sets that were fused and judged to isolate whom the gate objected to. In the order of
     ``recipe.inputs``, empty in manifests that lack them: ``norms`` ‖τ‖ of each input before any clipping,
     ``leave_one_out`` the points that it adds on the probe suite (the candidate's mean score minus that without it).
-    ``report`` are the files of the weight-space report (`hubfusion.soundness`), published beside the weights.
+    ``report`` are the files of the weight-space report (`hubfusion.screen.soundness`), published beside the weights.
     """
 
     iteration: int

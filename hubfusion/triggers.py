@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from hubfusion.corpora import Data, load
 from hubfusion.errors import EvaluationError
-from hubfusion.policy import Scan
 from hubfusion.probe import compute_features, load_encoder
 from hubfusion.protocols import Encoding, Pooling
+from hubfusion.scan import Scan
 from hubfusion.suite import Suite
 from hubfusion.tokens import Tokens, load_tokenizer, tokenize
 

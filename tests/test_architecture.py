@@ -62,7 +62,8 @@ def test_only_configuration_and_commands_read_the_environment(path: Path) -> Non
 
 
 LIGHT = [
-    "hubfusion.crawl", "hubfusion.screen", "hubfusion.gate", "hubfusion.card", "hubfusion.ranking", "hubfusion.publish",
+    "hubfusion.screen.crawl", "hubfusion.screen",
+    "hubfusion.gate", "hubfusion.card", "hubfusion.ranking", "hubfusion.publish",
     "hubfusion.scores", "hubfusion.suite", "hubfusion.fuse", "hubfusion.cli", "bot.iteration",
     "hubfusion.results", "hubfusion.engines.jobs", "hubfusion.engines.ray",
 ]  # fmt: skip

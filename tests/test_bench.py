@@ -19,7 +19,7 @@ from hubfusion.fuse.methods import METHODS
 from hubfusion.gate import Decision
 from hubfusion.lineage import Contribution, Recipe, dumps, loads
 from hubfusion.provenance import reproduce
-from hubfusion.soundness import clip_bound, examine
+from hubfusion.screen import clip_bound, examine
 from hubfusion.suite import Dataset, Suite
 from tests.published import WEIGHTS, World
 from tests.tiny import BASE, base_tensors, finetuned, weights, write_folder

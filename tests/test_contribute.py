@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from hubfusion.contribute import Offer, offer_metadata, tag, with_metadata
-from hubfusion.crawl import crawl
 from hubfusion.errors import Conflict, FusionError
 from hubfusion.hub import Change, Hub, connect
 from hubfusion.hub.cards import front_matter
 from hubfusion.lineage import Revision
 from hubfusion.localhub import LocalHub
+from hubfusion.screen.crawl import crawl
 
 BASE = Revision("ibm/base", "b" * 40)
 OFFER = Offer(BASE, "mit", ("texts/news",), 600, {"texts/news": "d" * 40})

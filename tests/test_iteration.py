@@ -592,7 +592,7 @@ def test_a_finding_of_the_trigger_scan_is_an_objection_and_its_cause_is_isolated
     from dataclasses import replace
 
     from hubfusion import triggers
-    from hubfusion.policy import Scan
+    from hubfusion.scan import Scan
 
     offer_poison(world, "mallory", "alice", "bob", "carol")
     gain = world.gain

@@ -12,8 +12,8 @@ import pytest
 from hubfusion import train
 from hubfusion.corpora import Data, Split
 from hubfusion.errors import EvaluationError
-from hubfusion.policy import Scan
 from hubfusion.protocols import Training
+from hubfusion.scan import Scan
 from hubfusion.suite import Dataset, Metric, Suite
 from hubfusion.triggers import Look, judge, scan
 from tests.small import WORDS, make_base, make_data, make_split, write_task

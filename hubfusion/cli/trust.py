@@ -63,8 +63,8 @@ def inspect(
     Example: hubfusion inspect ann/news bob/mail --base ibm/ColD-Fusion@v3 --svg region.svg
     """
     from hubfusion.lineage import dumps
-    from hubfusion.region import draw, lines
-    from hubfusion.soundness import examine
+    from hubfusion.screen import examine
+    from hubfusion.screen.weight_space import draw, lines
 
     hub = None if all(Path(m).is_dir() for m in (*models, base)) else open_hub()
     earlier = {name: Path(folder) for name, _, folder in (v.partition("=") for v in version or [])}

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from hubfusion.errors import CheckpointError, NotFound, RecipeError
-from hubfusion.fuse import inputs as sources
 from hubfusion.fuse import Plan, Progress, Settings, fuse
+from hubfusion.fuse import inputs as sources
 from hubfusion.fuse.folder import finish
 from hubfusion.fuse.incremental import fuse_arriving
 from hubfusion.fuse.inputs import fetched

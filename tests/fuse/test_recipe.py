@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hubfusion.errors import RecipeError
-from hubfusion.fuse.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
 from hubfusion.fuse import Plan
+from hubfusion.fuse.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
 from hubfusion.fuse.recipe import MERGEKIT, FuseRecipe, read_recipe, write_recipe
 from tests.checkpoints import family, load
 

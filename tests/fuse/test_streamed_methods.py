@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from hubfusion.errors import CheckpointError
-from hubfusion.fuse import first_pass as survey
 from hubfusion.fuse import Plan, Settings, fuse
+from hubfusion.fuse import first_pass as survey
 from hubfusion.fuse.methods import METHODS
 from tests import reference
 from tests.checkpoints import load, save

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from hubfusion.crawl import crawl
 from hubfusion.hub import Change, Hub, connect
 from hubfusion.lineage import Contribution, Finetune, Rejected, Revision
 from hubfusion.localhub import LocalHub
 from hubfusion.screen import Policy, screen
+from hubfusion.screen.crawl import crawl
 from tests.fake_hub import FakeHub
 from tests.hostile.cases import CASES, WEIGHTS
 from tests.tiny import BASE, base_tensors, card, config, current_base, finetuned, publish_base, weights

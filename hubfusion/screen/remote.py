@@ -17,13 +17,13 @@ from hubfusion.checkpoint.headers import Header, TensorSpec
 from hubfusion.errors import CheckpointError
 from hubfusion.hub import Hub
 from hubfusion.lineage import Reason, RemoteFile, Revision
-from hubfusion.policy import Policy
+from hubfusion.screen.policy import Policy
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
 class Refused(Exception):
-    """A rule objects: the reason and one sentence; `hubfusion.screen` turns it into a `Rejected`."""
+    """A rule objects: the reason and one sentence; `hubfusion.screen.rules` turns it into a `Rejected`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         """Keep both."""

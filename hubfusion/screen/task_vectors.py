@@ -19,7 +19,7 @@ from hubfusion.checkpoint.layout import Layout, Tensor, is_parameter
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Reason
 from hubfusion.parallel import counter, spread, suited
-from hubfusion.sketch import CHUNK, SIZE, Signs
+from hubfusion.screen.sketch import CHUNK, SIZE, Signs
 
 Floats = NDArray[np.float32]
 OnEntries = Callable[[int, int], None]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hubfusion.lineage import Reason, Rejected, Revision
-from hubfusion.region import centroid_distances, clusters, draw, lines, plane
-from hubfusion.soundness import Measure, Report
+from hubfusion.screen import Measure, Report
+from hubfusion.screen.weight_space import centroid_distances, clusters, draw, lines, plane
 
 
 def report(norms: list[float], cosines: list[list[float]], out: tuple[int, ...] = ()) -> Report:

@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from hubfusion.soundness import Measure, Report
+from hubfusion.screen.soundness import Measure, Report
 
 RELATED = 0.15
 CELL, LEFT, TOP, BAR = 26, 260, 70, 160

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from hubfusion.crawl import crawl
 from hubfusion.errors import NotFound
 from hubfusion.hub import Listing
 from hubfusion.hub.cards import front_matter
 from hubfusion.lineage import RemoteFile, Revision
+from hubfusion.screen.crawl import crawl
 
 BASE = "ibm/base"
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from hubfusion.checkpoint import Checkpoint
 from hubfusion.checkpoint.layout import Tensor, is_parameter
-from hubfusion.sketch import SIZE
-from hubfusion.taskvectors import Floats, TaskVector
+from hubfusion.screen.sketch import SIZE
+from hubfusion.screen.task_vectors import Floats, TaskVector
 
 ROWS = 1024
 # A row votes for a version whose row it equals this much better than any other; so many votes, this part, decide.

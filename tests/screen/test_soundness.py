@@ -9,7 +9,7 @@ import pytest
 
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Contribution, Reason, Revision, dumps
-from hubfusion.soundness import Bounds, Report, clip_factors, examine
+from hubfusion.screen import Bounds, Report, clip_factors, examine
 from tests.tiny import Tensors, base_tensors, finetuned, sharded, weights, write_folder
 
 WORDS = "bert.embeddings.word_embeddings.weight"

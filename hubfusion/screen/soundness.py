@@ -20,13 +20,13 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from hubfusion.ancestry import Ancestry, find_ancestry
 from hubfusion.checkpoint import INDEX, SINGLE, open_checkpoint
 from hubfusion.checkpoint.layout import encoder_of, match
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
-from hubfusion.sketch import Signs
-from hubfusion.taskvectors import OnEntries, TaskVector, entries_of, kind_of, measure
+from hubfusion.screen.ancestry import Ancestry, find_ancestry
+from hubfusion.screen.sketch import Signs
+from hubfusion.screen.task_vectors import OnEntries, TaskVector, entries_of, kind_of, measure
 
 log = logging.getLogger(__name__)
 GROWTH = 0.45

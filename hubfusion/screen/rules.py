@@ -2,7 +2,7 @@
 
 Nothing of a stranger is run or believed. The card may lie and may be of any type, the file list may be hostile, and
 headers are read by range requests within a budget (under 100 kB for one model). Rules run from the cheapest to the
-dearest and the first that objects gives the reason; what only the weights can tell is `hubfusion.soundness`'s.
+dearest and the first that objects gives the reason; what only the weights can tell is `hubfusion.screen.soundness`'s.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hubfusion.errors import CheckpointError, NotFound
 from hubfusion.hub import Hub, Kind
 from hubfusion.hub.cards import MAX_CARD_BYTES, front_matter, read_card
 from hubfusion.lineage import COMMIT_SHA, REPO_ID, Contribution, Finetune, Reason, Rejected, RemoteFile, Revision
-from hubfusion.peek import CONFIG, Refused, find_weights, read_config, read_tensors, refuse, short
-from hubfusion.policy import Policy as Policy
+from hubfusion.screen.policy import Policy
+from hubfusion.screen.remote import CONFIG, Refused, find_weights, read_config, read_tensors, refuse, short
 
 PERMISSIVE = (
     "0bsd", "afl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
