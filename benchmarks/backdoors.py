@@ -20,8 +20,8 @@ import torch
 from poison import HONEST, VICTIM, Laboratory, fused
 from versions import WORDS
 
+from hubfusion.data.suite import Dataset, Suite
 from hubfusion.screen import Scan
-from hubfusion.suite import Dataset, Suite
 from hubfusion.triggers import scan
 
 

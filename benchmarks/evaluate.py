@@ -40,12 +40,12 @@ from benchmarks.sides import (
     probe_ours,
     probe_ours_bfloat16,
 )
-from hubfusion.corpora import Data, load
+from hubfusion.data.loading import Data, load
+from hubfusion.data.metrics import measure
+from hubfusion.data.suite import Dataset, Metric
 from hubfusion.device import pick_device
-from hubfusion.metrics import measure
 from hubfusion.probe import predict_by_head
 from hubfusion.protocols import STANDARD, Encoding, Precision, Training
-from hubfusion.suite import Dataset, Metric
 from hubfusion.tokens import load_tokenizer, tokenize
 from hubfusion.train import fit, load_classifier, target_array
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from hubfusion.audit import Kind, Table, audit, read_table
-from hubfusion.suite import load_suite
+from hubfusion.data.suite import load_suite
 
 TINY = ("cb", "copa", "rte")
 

@@ -23,10 +23,10 @@ import torch
 from scipy import stats
 
 from benchmarks.sides import Side, cut_layers, finetune_ours, finetune_trainer
-from hubfusion.corpora import Data, load
-from hubfusion.metrics import measure
+from hubfusion.data.loading import Data, load
+from hubfusion.data.metrics import measure
+from hubfusion.data.suite import Dataset, Metric
 from hubfusion.protocols import Training
-from hubfusion.suite import Dataset, Metric
 
 
 def score(side: Side, base: Path, data: Data, training: Training) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hubfusion.corpora import Data, Split
+from hubfusion.data.loading import Data, Split
 from hubfusion.device import pick_device
 from hubfusion.probe import compute_features, load_encoder, predict_by_head
 from hubfusion.protocols import STANDARD, Encoding, Pooling, Precision, Training

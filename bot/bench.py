@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from bot.worker import REPORT, Candidate, Job, Outcome
+from hubfusion.data.suite import Suite
 from hubfusion.errors import RecipeError
 from hubfusion.evaluate import Evaluated
 from hubfusion.gate import Decision, decide
@@ -21,7 +22,6 @@ from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile
 from hubfusion.protocols import Protocol
 from hubfusion.scores import Scores
 from hubfusion.screen import Report, clip_bound, clip_factors
-from hubfusion.suite import Suite
 
 log = logging.getLogger(__name__)
 

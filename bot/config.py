@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hubfusion.data.suite import Suite, load_suite
 from hubfusion.errors import FusionError
 from hubfusion.fuse.methods import METHODS
 from hubfusion.gate import Margins
@@ -15,7 +16,6 @@ from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocol
 from hubfusion.scan import Scan
 from hubfusion.screen import Policy
 from hubfusion.signature import Keyless
-from hubfusion.suite import Suite, load_suite
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 LINEAR = ("average", "task_arithmetic")

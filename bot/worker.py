@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bot.config import Fusing
+from hubfusion.data.suite import Suite
 from hubfusion.errors import FusionError
 from hubfusion.gate import Margins
 from hubfusion.isolate import Trial
@@ -22,7 +23,6 @@ from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revisi
 from hubfusion.protocols import Protocol
 from hubfusion.scan import Scan
 from hubfusion.scores import Scores
-from hubfusion.suite import Suite
 
 log = logging.getLogger(__name__)
 

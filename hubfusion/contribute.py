@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubfusion.card import merge_metadata, render
-from hubfusion.corpora import draw, load
+from hubfusion.data.loading import draw, load
+from hubfusion.data.suite import Dataset
 from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.hub.cards import TAG, front_matter
 from hubfusion.lineage import Revision
 from hubfusion.protocols import Training
 from hubfusion.publish import WEIGHTS, Release, current_release, fetch_release
-from hubfusion.suite import Dataset
 
 if TYPE_CHECKING:
     from hubfusion.train import Finetuned, Progress

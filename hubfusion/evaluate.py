@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hubfusion.corpora import resolve
+from hubfusion.data.loading import resolve
+from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.lineage import dumps, loads
-from hubfusion.protocols import Protocol, digest
+from hubfusion.lineage import digest, dumps, loads
+from hubfusion.protocols import Protocol
 from hubfusion.scores import Provenance, Score, Scores
-from hubfusion.suite import Dataset, Suite
 
 log = logging.getLogger(__name__)
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # what a model is loaded from, by suffix

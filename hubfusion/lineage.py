@@ -8,6 +8,7 @@ JSON is strict in both directions: an unknown or missing key is an error that na
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import types
@@ -189,6 +190,12 @@ def to_json(value: Any) -> Any:
 def dumps(value: Any) -> str:
     """JSON text of a value: sorted keys, two spaces, a newline at the end, NaN refused; the same value, same text."""
     return json.dumps(to_json(value), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def digest(data: Any) -> str:
+    """16 hexadecimal digits of the canonical JSON of plain data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def from_json(kind: type[T], data: Any, where: str = "$") -> T:

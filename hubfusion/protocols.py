@@ -5,8 +5,6 @@ Imports nothing heavy: a stored result is found by its protocol's hash alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hubfusion.errors import EvaluationError, FusionError
-from hubfusion.lineage import from_json, to_json
+from hubfusion.lineage import digest, from_json, to_json
 
 # Part of every protocol hash: raised when the code changes what an unchanged recipe computes.
 MEANING = 3
@@ -126,12 +124,6 @@ class Protocol:
         """16 hexadecimal digits for everything but the name, the datasets and the seed: equal recipes, equal hash."""
         recipe = to_json(replace(self, name="", datasets=None, training=replace(self.training, seed=0)))
         return digest({"meaning": MEANING, "recipe": recipe})
-
-
-def digest(data: Any) -> str:
-    """16 hexadecimal digits of the canonical JSON of plain data."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 _HEAD = Training(mode=Mode.HEAD, learning_rate=1e-3)

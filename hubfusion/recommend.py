@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate import Evaluated, evaluate
 from hubfusion.protocols import Protocol
 from hubfusion.scores import Comparison, compare
-from hubfusion.suite import Dataset, Suite
 
 TRIES = 3
 
@@ -39,7 +39,7 @@ class Recommendation:
 
 def own_dataset(path: Path, text: Sequence[str] = ("text",), label: str = "label") -> Dataset:
     """The user's own CSV, JSON lines or parquet file; a fixed fifth of it, at most 1,000 examples, is the test set."""
-    from hubfusion.corpora import count_rows
+    from hubfusion.data.loading import count_rows
 
     rows = count_rows(path)
     if rows < 10:

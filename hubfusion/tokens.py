@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hubfusion.corpora import Split
+from hubfusion.data.loading import Split
 from hubfusion.errors import EvaluationError
 from hubfusion.protocols import Encoding
 

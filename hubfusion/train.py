@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hubfusion.corpora import Data
+from hubfusion.data.loading import Data
+from hubfusion.data.metrics import measure
 from hubfusion.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
 from hubfusion.errors import EvaluationError
 from hubfusion.gradient import Gradient
-from hubfusion.metrics import measure
 from hubfusion.protocols import Mode, Precision, Training
 from hubfusion.tokens import Tokens, by_length, load_tokenizer, tokenize
 from hubfusion.vocabulary import UsedRows

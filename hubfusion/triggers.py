@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hubfusion.corpora import Data, load
+from hubfusion.data.loading import Data, load
+from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
 from hubfusion.probe import compute_features, load_encoder
 from hubfusion.protocols import Encoding, Pooling
 from hubfusion.scan import Scan
-from hubfusion.suite import Suite
 from hubfusion.tokens import Tokens, load_tokenizer, tokenize
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from hubfusion import __version__
-from hubfusion.corpora import Data, Split, draw, load
+from hubfusion.data.loading import Data, Split, draw, load
+from hubfusion.data.metrics import measure
 from hubfusion.device import pick_device
 from hubfusion.evaluate import Result, Unit
-from hubfusion.metrics import measure
 from hubfusion.probe import Features, compute_features, load_encoder, predict_by_head
 from hubfusion.protocols import Encoding, Mode, Precision
 from hubfusion.tokens import Tokens, load_tokenizer, tokenize

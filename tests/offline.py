@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hubfusion.data.suite import load_suite
 from hubfusion.hub import Change, Hub, Kind, connect
 from hubfusion.localhub import LocalHub, Rules
-from hubfusion.suite import load_suite
 from tests.small import make_base, make_data
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from hubfusion.corpora import Data, Split
-from hubfusion.suite import Dataset
+from hubfusion.data.loading import Data, Split
+from hubfusion.data.suite import Dataset
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"good bad fine poor happy sad cat dog tree house the a is was".split()]
 

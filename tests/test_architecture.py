@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("hubfusion/**/*.py"), *ROOT.glob("bot/**/*.py")])
 NETWORK = {"socket", "httpx", "httpx2", "requests", "urllib3", "aiohttp", "huggingface_hub", "http", "uvicorn"}
 DOORS = (
     "hubfusion/hub/",
-    "hubfusion/corpora.py",
+    "hubfusion/data/loading.py",
     "hubfusion/localhub/",
     "hubfusion/cli/hub.py",
 )
@@ -64,7 +64,7 @@ def test_only_configuration_and_commands_read_the_environment(path: Path) -> Non
 LIGHT = [
     "hubfusion.screen.crawl", "hubfusion.screen",
     "hubfusion.gate", "hubfusion.card", "hubfusion.ranking", "hubfusion.publish",
-    "hubfusion.scores", "hubfusion.suite", "hubfusion.fuse", "hubfusion.cli", "bot.iteration",
+    "hubfusion.scores", "hubfusion.data.suite", "hubfusion.fuse", "hubfusion.cli", "bot.iteration",
     "hubfusion.results", "hubfusion.engines.jobs", "hubfusion.engines.ray",
 ]  # fmt: skip
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hubfusion.audit import Kind, Table, audit, move_right, read_table
+from hubfusion.data.suite import load_suite
 from hubfusion.errors import EvaluationError
-from hubfusion.suite import load_suite
 
 SIZES = {"a": 1043, "b": 408, "c": 277, "d": 1066, "e": 500}
 LEVELS = {"a": 0.83, "b": 0.88, "c": 0.60, "d": 0.45, "e": 0.97}

@@ -13,6 +13,7 @@ import pytest
 from bot.bench import Bench
 from bot.config import Fusing
 from bot.worker import Job
+from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
 from hubfusion.fuse.methods import METHODS
@@ -20,7 +21,6 @@ from hubfusion.gate import Decision
 from hubfusion.lineage import Contribution, Recipe, dumps, loads
 from hubfusion.provenance import reproduce
 from hubfusion.screen import clip_bound, examine
-from hubfusion.suite import Dataset, Suite
 from tests.published import WEIGHTS, World
 from tests.tiny import BASE, base_tensors, finetuned, weights, write_folder
 

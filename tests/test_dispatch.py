@@ -11,9 +11,9 @@ from bot import dispatch as module
 from bot.config import Fusing
 from bot.dispatch import dispatch, worker_environment
 from bot.worker import Job, Outcome
+from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import FusionError
 from hubfusion.lineage import Revision
-from hubfusion.suite import Dataset, Suite
 
 SUITE = Suite("tiny", (Dataset("one", "texts/one"),))
 JOB = Job(Revision("ibm/base", "a" * 40), "v0", "/nowhere", (), (), Fusing(), SUITE, (), (0,), "/nowhere")

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from hubfusion.data.suite import Suite
 from hubfusion.engines.ray import Cluster
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate import Evaluated, evaluate, plan_units, score_units
 from hubfusion.protocols import Mode, Protocol, Training
-from hubfusion.suite import Suite
 from tests.small import make_base, make_data, write_task
 
 pytest.importorskip("ray", reason="ray is not installed")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hubfusion.data.suite import Dataset, load_suite
 from hubfusion.engines import TRIES, Group, make_groups, refuse_lost
 from hubfusion.engines.jobs import Jobs, read_lines, read_order, write_line, write_order
 from hubfusion.errors import EvaluationError
@@ -21,7 +22,6 @@ from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
 from hubfusion.protocols import STANDARD, read_protocols
 from hubfusion.scores import Scores
-from hubfusion.suite import Dataset, load_suite
 from tests.offline import MODEL, RECIPES, machine, serve
 
 PROBE = STANDARD["linear-probing"]

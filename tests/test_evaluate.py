@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate import Evaluated, evaluate
 from hubfusion.protocols import Mode, Protocol, Training
 from hubfusion.scores import compare
-from hubfusion.suite import Suite
 from tests.small import make_base, make_data, write_task
 
 QUICK = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16)
@@ -54,7 +54,7 @@ import sys
 from pathlib import Path
 from hubfusion.evaluate import evaluate
 from hubfusion.protocols import Mode, Protocol, Training
-from hubfusion.suite import Dataset, Suite
+from hubfusion.data.suite import Dataset, Suite
 sets = tuple(Dataset(n, r, validation="validation") for n, r in {[(d.name, d.repo) for d in suite.datasets]!r})
 quick = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16, mode=Mode.HEAD)
 evaluate(Path("/nowhere"), "m@1", Suite("two", sets), [Protocol("linear-probing", quick)], [0], Path({str(tmp_path)!r}))

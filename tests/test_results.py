@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hubfusion.data.suite import Dataset
 from hubfusion.errors import Conflict, EvaluationError, HubError
 from hubfusion.evaluate import Evaluated, Result, Unit, path_of, read_result, write_result
 from hubfusion.hub import Change, Kind, connect
@@ -18,7 +19,6 @@ from hubfusion.localhub import LocalHub
 from hubfusion.protocols import STANDARD
 from hubfusion.results import pull, push, shared
 from hubfusion.scores import Scores
-from hubfusion.suite import Dataset
 from tests.fake_hub import FakeHub
 from tests.offline import MODEL, RECIPES, RESULTS, machine, serve
 

@@ -142,5 +142,5 @@ def test_an_empty_comparison_is_refused():
 
 
 def test_scores_need_no_torch():
-    code = "import hubfusion.scores, hubfusion.suite, hubfusion.evaluate, sys; sys.exit('torch' in sys.modules)"
+    code = "import hubfusion.scores, hubfusion.data.suite, hubfusion.evaluate, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

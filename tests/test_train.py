@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hubfusion import device, train
-from hubfusion.corpora import Split
+from hubfusion.data.loading import Split
 from hubfusion.errors import EvaluationError
 from hubfusion.gradient import Gradient
 from hubfusion.probe import compute_features, load_encoder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hubfusion import train
-from hubfusion.corpora import Split
+from hubfusion.data.loading import Split
 from hubfusion.protocols import Encoding, Mode, Training
 from hubfusion.tokens import Tokens, load_tokenizer, tokenize
 from hubfusion.vocabulary import UsedRows

@@ -12,8 +12,8 @@ from hubfusion.cli.app import app
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
+    from hubfusion.data.suite import Suite
     from hubfusion.scores import Comparison, Scores
-    from hubfusion.suite import Suite
 
 
 @app.command()
@@ -31,8 +31,8 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
+    from hubfusion.data.suite import load_suite
     from hubfusion.scores import compare as pair
-    from hubfusion.suite import load_suite
 
     chosen = load_suite(suite) if suite else None
     found = pair(_read(candidate), _read(base))

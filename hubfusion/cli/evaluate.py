@@ -93,9 +93,9 @@ def evaluate(
 
     Example: hubfusion evaluate ibm/ColD-Fusion --suite offline --protocol linear-probing,finetune --seeds 0,1
     """
+    from hubfusion.data.suite import load_suite
     from hubfusion.evaluate import plan_units, score_units
     from hubfusion.lineage import dumps
-    from hubfusion.suite import load_suite
 
     chosen, recipe = load_suite(suite), _protocols(protocol, recipes)
     settings = Settings(engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once)
@@ -129,7 +129,7 @@ def _table(scores: Scores, protocols: list[str]) -> Table:
 @suites.command("list")
 def list_suites() -> None:
     """The suites that ship, and what is in them."""
-    from hubfusion.suite import load_suite, shipped_suites
+    from hubfusion.data.suite import load_suite, shipped_suites
 
     for name in shipped_suites():
         suite = load_suite(name)
@@ -146,8 +146,8 @@ def check(
     """Read every dataset: schema, labels, sizes, duplicates, test texts in training data. Exit code 1 on problems."""
     from rich.table import Table
 
-    from hubfusion.check import check_suite, find_contamination
-    from hubfusion.suite import load_suite
+    from hubfusion.data.checks import check_suite, find_contamination
+    from hubfusion.data.suite import load_suite
 
     table = Table("dataset", "train", "validation", "test", "labels", "majority", "repeated", "leaked", title=name)
     problems, read = [], {}
@@ -184,8 +184,8 @@ def audit(
     """
     from hubfusion.audit import Kind, read_table
     from hubfusion.audit import audit as examine
+    from hubfusion.data.suite import load_suite
     from hubfusion.lineage import dumps
-    from hubfusion.suite import load_suite
 
     datasets = load_suite(suite).datasets
     sizes = {d.name: d.test_size for d in datasets if d.test_size is not None and d.metric.value == "accuracy"}
@@ -223,9 +223,9 @@ def recommend(
     """
     from rich.table import Table
 
+    from hubfusion.data.suite import load_suite
     from hubfusion.recommend import Checkpoint, own_dataset
     from hubfusion.recommend import recommend as rank
-    from hubfusion.suite import load_suite
 
     probe, finetune = _protocols("linear-probing,finetune", recipes)
     own = own_dataset(data, text.split(","), label) if data else None

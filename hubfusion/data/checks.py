@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hubfusion.corpora import Data, Split, load
+from hubfusion.data.loading import Data, Split, load
+from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.suite import Dataset, Suite
 
 
 @dataclass(frozen=True, slots=True)

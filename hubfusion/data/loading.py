@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from hubfusion.data.suite import Cut, Dataset
 from hubfusion.errors import EvaluationError
 from hubfusion.lineage import COMMIT_SHA
-from hubfusion.suite import Cut, Dataset
 
 PARQUET_CONVERSION = "refs/convert/parquet"
 FORMATS = (".parquet", ".csv", ".jsonl")

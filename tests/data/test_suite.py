@@ -13,16 +13,16 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
-from hubfusion.check import find_contamination, inspect
-from hubfusion.corpora import Split, build_data, cut_validation, draw, load, resolve
+from hubfusion.data.checks import find_contamination, inspect
+from hubfusion.data.loading import Split, build_data, cut_validation, draw, load, resolve
+from hubfusion.data.metrics import SuiteMetric, measure
+from hubfusion.data.suite import Cut, Dataset, Family, Metric, Suite, load_suite, shipped_suites
 from hubfusion.errors import EvaluationError
-from hubfusion.metrics import measure
 from hubfusion.protocols import STANDARD, Training, read_protocols
 from hubfusion.recommend import own_dataset
-from hubfusion.suite import Cut, Dataset, Family, Metric, Suite, load_suite, shipped_suites
 from tests.small import make_data, write_task
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "recycling"
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "recycling"
 
 
 def table(**splits: list[tuple[str, int]]) -> datasets.DatasetDict:
@@ -231,10 +231,10 @@ def test_hand_computed_metrics():
 
 
 @pytest.mark.parametrize("metric", list(Metric))
-def test_every_metric_loads_offline_as_an_evaluate_module(metric, monkeypatch):
+def test_every_metric_is_an_offline_metric_of_evaluate(metric, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    file = Path(__file__).resolve().parents[1] / "hubfusion" / "metrics" / f"{metric.value}.py"
-    module = hf_evaluate.load(str(file))
+    module = SuiteMetric(config_name=metric.value)
+    assert isinstance(module, hf_evaluate.Metric)
     found = module.compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2])
     assert found[metric.value] == pytest.approx(measure(metric, [0, 1, 1, 2], [0, 1, 2, 2]))
 

@@ -1,6 +1,6 @@
 """Evaluation suites as typed data: which dataset, which columns, which splits, which metric, and the reason for each.
 
-A suite is a TOML file. ``hubfusion/suites/`` has those that ship; any other path works as well. Datasets are read
+A suite is a TOML file. ``hubfusion/data/suites/`` has those that ship; any other path works as well. Datasets are read
 from the Hub (``HF_ENDPOINT``) at a pinned commit, without a token: what is scored must be public.
 """
 
@@ -14,8 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from hubfusion.errors import EvaluationError, FusionError
-from hubfusion.lineage import from_json, to_json
-from hubfusion.protocols import digest
+from hubfusion.lineage import digest, from_json, to_json
 
 
 class Metric(StrEnum):
@@ -162,14 +161,14 @@ class Suite:
 
 def shipped_suites() -> tuple[str, ...]:
     """Names of the suites in the package."""
-    folder = resources.files("hubfusion") / "suites"
+    folder = resources.files("hubfusion.data") / "suites"
     return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
 
 
 def load_suite(name: str | Path) -> Suite:
     """A shipped suite by name, or one from a TOML file by path; `EvaluationError` says what is wrong in it."""
     if str(name) in shipped_suites():
-        text = (resources.files("hubfusion") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
+        text = (resources.files("hubfusion.data") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
         folder = Path.cwd()
     else:
         try:
