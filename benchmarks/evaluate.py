@@ -43,11 +43,12 @@ from benchmarks.sides import (
 from hubfusion.data.loading import Data, load
 from hubfusion.data.metrics import measure
 from hubfusion.data.suite import Dataset, Metric
-from hubfusion.device import pick_device
 from hubfusion.probe import predict_by_head
-from hubfusion.protocols import STANDARD, Encoding, Precision, Training
-from hubfusion.tokens import load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, target_array
+from hubfusion.protocols import STANDARD
+from hubfusion.train import Encoding, Precision, Training
+from hubfusion.train.device import pick_device
+from hubfusion.train.finetune import fit, load_classifier, target_array
+from hubfusion.train.tokens import load_tokenizer, tokenize
 
 KINDS: dict[str, tuple[Side, ...]] = {
     "finetune": (finetune_ours, finetune_trainer),

@@ -26,7 +26,7 @@ from benchmarks.sides import Side, cut_layers, finetune_ours, finetune_trainer
 from hubfusion.data.loading import Data, load
 from hubfusion.data.metrics import measure
 from hubfusion.data.suite import Dataset, Metric
-from hubfusion.protocols import Training
+from hubfusion.train import Training
 
 
 def score(side: Side, base: Path, data: Data, training: Training) -> float:

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from hubfusion.data.loading import Data, Split
-from hubfusion.device import pick_device
 from hubfusion.probe import compute_features, load_encoder, predict_by_head
-from hubfusion.protocols import STANDARD, Encoding, Pooling, Precision, Training
-from hubfusion.tokens import load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, predict, quiet, target_array
+from hubfusion.protocols import STANDARD, Pooling
+from hubfusion.train import Encoding, Precision, Training
+from hubfusion.train.device import pick_device
+from hubfusion.train.finetune import fit, load_classifier, predict, quiet, target_array
+from hubfusion.train.tokens import load_tokenizer, tokenize
 
 Answer = Callable[[], np.ndarray]
 Side = Callable[[Path, Data, Training], Answer]

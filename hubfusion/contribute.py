@@ -20,11 +20,11 @@ from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.hub.cards import TAG, front_matter
 from hubfusion.lineage import Revision
-from hubfusion.protocols import Training
 from hubfusion.publish import WEIGHTS, Release, current_release, fetch_release
+from hubfusion.train import Training
 
 if TYPE_CHECKING:
-    from hubfusion.train import Finetuned, Progress
+    from hubfusion.train.finetune import Finetuned, Progress
 
     OnProgress = Callable[[Progress], None]
 
@@ -130,7 +130,7 @@ def contribute(
     ``work`` keeps the base between runs; a finetune of an earlier run in it is replaced. Raises `FusionError` before
     anything is trained when the base, the dataset or the right to write to ``repo`` is missing.
     """
-    from hubfusion.train import finetune
+    from hubfusion.train.finetune import finetune
 
     hub.create(repo)
     release = current_release(hub, base)

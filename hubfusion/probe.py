@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hubfusion.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
 from hubfusion.errors import EvaluationError
-from hubfusion.protocols import Head, Pooling, Precision, Protocol
-from hubfusion.tokens import Tokens, by_length
-from hubfusion.train import quiet, seeded
+from hubfusion.protocols import Head, Pooling, Protocol
+from hubfusion.train import Precision
+from hubfusion.train.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
+from hubfusion.train.finetune import quiet, seeded
+from hubfusion.train.tokens import Tokens, by_length
 
 Features = dict[Pooling, np.ndarray]
 

@@ -26,9 +26,10 @@ from hubfusion.data.loading import Data, load
 from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
 from hubfusion.probe import compute_features, load_encoder
-from hubfusion.protocols import Encoding, Pooling
+from hubfusion.protocols import Pooling
 from hubfusion.scan import Scan
-from hubfusion.tokens import Tokens, load_tokenizer, tokenize
+from hubfusion.train import Encoding
+from hubfusion.train.tokens import Tokens, load_tokenizer, tokenize
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]

@@ -19,12 +19,12 @@ import torch
 from hubfusion import __version__
 from hubfusion.data.loading import Data, Split, draw, load
 from hubfusion.data.metrics import measure
-from hubfusion.device import pick_device
 from hubfusion.evaluate import Result, Unit
 from hubfusion.probe import Features, compute_features, load_encoder, predict_by_head
-from hubfusion.protocols import Encoding, Mode, Precision
-from hubfusion.tokens import Tokens, load_tokenizer, tokenize
-from hubfusion.train import fit, load_classifier, predict, target_array
+from hubfusion.train import Encoding, Mode, Precision
+from hubfusion.train.device import pick_device
+from hubfusion.train.finetune import fit, load_classifier, predict, target_array
+from hubfusion.train.tokens import Tokens, load_tokenizer, tokenize
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 Shape = tuple[int, Encoding, Precision]

@@ -15,7 +15,8 @@ from hubfusion.data.suite import Suite
 from hubfusion.engines.ray import Cluster
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate import Evaluated, evaluate, plan_units, score_units
-from hubfusion.protocols import Mode, Protocol, Training
+from hubfusion.protocols import Protocol
+from hubfusion.train import Mode, Training
 from tests.small import make_base, make_data, write_task
 
 pytest.importorskip("ray", reason="ray is not installed")

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hubfusion import train
 from hubfusion.data.loading import Data, Split
 from hubfusion.data.suite import Dataset, Metric, Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.protocols import Training
 from hubfusion.scan import Scan
+from hubfusion.train import Training
+from hubfusion.train import finetune as train
 from hubfusion.triggers import Look, judge, scan
 from tests.small import WORDS, make_base, make_data, make_split, write_task
 

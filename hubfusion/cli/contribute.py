@@ -56,7 +56,7 @@ def contribute(
     from hubfusion.contribute import Job
     from hubfusion.contribute import contribute as offer
     from hubfusion.data.suite import Dataset
-    from hubfusion.protocols import Training
+    from hubfusion.train import Training
 
     training = Training(
         learning_rate=learning_rate, batch_size=batch_size, epochs=epochs, max_length=max_length, seed=seed, warmup=0.06

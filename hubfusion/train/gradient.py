@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from hubfusion.device import OVERHEAD, TRAINING_BUDGET, Cores, as_inputs, autocast
-from hubfusion.dropout import Masks
-from hubfusion.protocols import Training
-from hubfusion.tokens import Tokens, by_length
+from hubfusion.train.device import OVERHEAD, TRAINING_BUDGET, Cores, as_inputs, autocast
+from hubfusion.train.dropout import Masks
+from hubfusion.train.recipe import Training
+from hubfusion.train.tokens import Tokens, by_length
 
 
 class Gradient:

@@ -1,6 +1,6 @@
 """The one place that trains: finetune a checkpoint on one dataset, the same for contributors and for evaluation.
 
-An optimizer step sees exactly the ``batch_size`` examples that a plain trainer would draw; `hubfusion.gradient` says
+An optimizer step sees exactly the ``batch_size`` examples that a plain trainer would draw; `gradient` says
 how their gradient comes without padding. The head starts from the seed alone: two checkpoints scored with one seed see
 one head, one data order and one schedule.
 """
@@ -21,12 +21,12 @@ import torch
 
 from hubfusion.data.loading import Data
 from hubfusion.data.metrics import measure
-from hubfusion.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
 from hubfusion.errors import EvaluationError
-from hubfusion.gradient import Gradient
-from hubfusion.protocols import Mode, Precision, Training
-from hubfusion.tokens import Tokens, by_length, load_tokenizer, tokenize
-from hubfusion.vocabulary import UsedRows
+from hubfusion.train.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
+from hubfusion.train.gradient import Gradient
+from hubfusion.train.recipe import Mode, Precision, Training
+from hubfusion.train.tokens import Tokens, by_length, load_tokenizer, tokenize
+from hubfusion.train.vocabulary import UsedRows
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hubfusion import device, train
 from hubfusion.data.loading import Split
 from hubfusion.errors import EvaluationError
-from hubfusion.gradient import Gradient
 from hubfusion.probe import compute_features, load_encoder
-from hubfusion.protocols import Encoding, Mode, Pooling, Training
-from hubfusion.tokens import by_length, load_tokenizer, tokenize
+from hubfusion.protocols import Pooling
+from hubfusion.train import Encoding, Mode, Training, device
+from hubfusion.train import finetune as train
+from hubfusion.train.gradient import Gradient
+from hubfusion.train.tokens import by_length, load_tokenizer, tokenize
 from tests.small import make_base, make_data, make_split
 
 QUICK = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16)

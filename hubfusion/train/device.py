@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from hubfusion.protocols import Precision
-from hubfusion.tokens import Tokens
+from hubfusion.train.recipe import Precision
+from hubfusion.train.tokens import Tokens
 
 # Padded tokens in one pass: what fits the caches of a core, and what keeps a GPU busy.
 TRAINING_BUDGET = {"cpu": 1024, "cuda": 65536}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from hubfusion import train
 from hubfusion.data.loading import Split
-from hubfusion.protocols import Encoding, Mode, Training
-from hubfusion.tokens import Tokens, load_tokenizer, tokenize
-from hubfusion.vocabulary import UsedRows
+from hubfusion.train import Encoding, Mode, Training
+from hubfusion.train import finetune as train
+from hubfusion.train.tokens import Tokens, load_tokenizer, tokenize
+from hubfusion.train.vocabulary import UsedRows
 from tests.small import WORDS, make_base
 
 RECIPE = Training(learning_rate=1e-2, batch_size=4, epochs=3, max_length=16, weight_decay=0.5)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hubfusion.device import Cores
+from hubfusion.train.device import Cores
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 
 from hubfusion.data.loading import Split
 from hubfusion.errors import EvaluationError
-from hubfusion.protocols import Encoding
+from hubfusion.train.recipe import Encoding
 
 
 @dataclass(frozen=True, slots=True)

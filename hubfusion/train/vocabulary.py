@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hubfusion.tokens import Tokens
+from hubfusion.train.tokens import Tokens
 
 
 def _narrow_copy(embedding: Any, used: Any) -> Any:

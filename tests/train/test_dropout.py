@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hubfusion import dropout
-from hubfusion.dropout import Masks
+from hubfusion.train import dropout
+from hubfusion.train.dropout import Masks
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
