@@ -43,8 +43,8 @@ from benchmarks.sides import (
 from hubfusion.data.loading import Data, load
 from hubfusion.data.metrics import measure
 from hubfusion.data.suite import Dataset, Metric
-from hubfusion.probe import predict_by_head
-from hubfusion.protocols import STANDARD
+from hubfusion.evaluate.probing import predict_by_head
+from hubfusion.evaluate.protocols import STANDARD
 from hubfusion.train import Encoding, Precision, Training
 from hubfusion.train.device import pick_device
 from hubfusion.train.finetune import fit, load_classifier, target_array

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
-from hubfusion.audit import Kind, Table, audit, read_table
 from hubfusion.data.suite import load_suite
+from hubfusion.evaluate.audit import Kind, Table, audit, read_table
 
 TINY = ("cb", "copa", "rte")
 

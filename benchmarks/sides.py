@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from hubfusion.data.loading import Data, Split
-from hubfusion.probe import compute_features, load_encoder, predict_by_head
-from hubfusion.protocols import STANDARD, Pooling
+from hubfusion.evaluate.probing import compute_features, load_encoder, predict_by_head
+from hubfusion.evaluate.protocols import STANDARD, Pooling
 from hubfusion.train import Encoding, Precision, Training
 from hubfusion.train.device import pick_device
 from hubfusion.train.finetune import fit, load_classifier, predict, quiet, target_array

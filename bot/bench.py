@@ -15,12 +15,12 @@ from statistics import median
 from bot.worker import REPORT, Candidate, Job, Outcome
 from hubfusion.data.suite import Suite
 from hubfusion.errors import RecipeError
-from hubfusion.evaluate import Evaluated
+from hubfusion.evaluate.protocols import Protocol
+from hubfusion.evaluate.scores import Scores
+from hubfusion.evaluate.units import Evaluated
 from hubfusion.gate import Decision, decide
 from hubfusion.isolate import Culprit, Trial, isolate
 from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile, divided_by
-from hubfusion.protocols import Protocol
-from hubfusion.scores import Scores
 from hubfusion.screen import Report, clip_bound, clip_factors
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Bench:
 
     def score(self, checkpoint: Path, suite: Suite, protocols: Sequence[Protocol], seeds: Sequence[int]) -> Scores:
         """Scores of a folder as a base, from the store or measured now."""
-        from hubfusion.evaluate import content_key, evaluate
+        from hubfusion.evaluate.units import content_key, evaluate
 
         key = content_key(checkpoint)
         return evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)

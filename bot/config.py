@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hubfusion.data.suite import Suite, load_suite
 from hubfusion.errors import FusionError
+from hubfusion.evaluate.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.fuse.methods import METHODS
 from hubfusion.gate import Margins
 from hubfusion.lineage import Option, from_json
-from hubfusion.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.scan import Scan
 from hubfusion.screen import Policy
 from hubfusion.signature import Keyless

@@ -22,7 +22,8 @@ from bot.notify import deliver, pending_answers
 from bot.worker import Candidate, Job, Outcome, Probe
 from hubfusion.card import base_card
 from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
-from hubfusion.evaluate import content_key, plan_units
+from hubfusion.evaluate.results import pull, push
+from hubfusion.evaluate.units import content_key, plan_units
 from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
 from hubfusion.hub.cards import read_card
@@ -41,7 +42,6 @@ from hubfusion.publish import (
     weight_hashes,
 )
 from hubfusion.ranking import rank
-from hubfusion.results import pull, push
 from hubfusion.screen import apply_caps, read_base, screen
 from hubfusion.screen.crawl import crawl
 from hubfusion.signature import Keyless

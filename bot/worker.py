@@ -17,12 +17,12 @@ from pathlib import Path
 from bot.config import Fusing
 from hubfusion.data.suite import Suite
 from hubfusion.errors import FusionError
+from hubfusion.evaluate.protocols import Protocol
+from hubfusion.evaluate.scores import Scores
 from hubfusion.gate import Margins
 from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revision, dumps, loads
-from hubfusion.protocols import Protocol
 from hubfusion.scan import Scan
-from hubfusion.scores import Scores
 
 log = logging.getLogger(__name__)
 

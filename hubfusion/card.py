@@ -18,8 +18,8 @@ import yaml
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from hubfusion.evaluate.scores import compare
 from hubfusion.manifest import Manifest
-from hubfusion.scores import compare
 
 SHOWN = ("revision", "author", "license", "datasets", "examples")
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|!~&$\"'])")

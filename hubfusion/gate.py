@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hubfusion.errors import FusionError
-from hubfusion.scores import Comparison, Scores, compare
+from hubfusion.evaluate.scores import Comparison, Scores, compare
 
 log = logging.getLogger(__name__)
 

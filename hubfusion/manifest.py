@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from hubfusion.evaluate.scores import Scores
 from hubfusion.gate import Decision
 from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, loads
-from hubfusion.scores import Scores
 
 FILE = "fusion.json"
 MAX_BYTES = 32 << 20

@@ -15,10 +15,10 @@ from typing import Any
 
 from hubfusion.card import render
 from hubfusion.errors import Conflict, NotFound
+from hubfusion.evaluate.scores import Scores
 from hubfusion.hub import Change, Hub, Kind
 from hubfusion.lineage import Revision
 from hubfusion.manifest import Manifest
-from hubfusion.scores import Scores
 
 log = logging.getLogger(__name__)
 

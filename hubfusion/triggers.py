@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from hubfusion.data.loading import Data, load
 from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.probe import compute_features, load_encoder
-from hubfusion.protocols import Pooling
+from hubfusion.evaluate.probing import compute_features, load_encoder
+from hubfusion.evaluate.protocols import Pooling
 from hubfusion.scan import Scan
 from hubfusion.train import Encoding
 from hubfusion.train.tokens import Tokens, load_tokenizer, tokenize

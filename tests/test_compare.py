@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from hubfusion.cli.app import app
 from hubfusion.data.suite import Family, load_suite
 from hubfusion.errors import EvaluationError
+from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.lineage import dumps
-from hubfusion.scores import Provenance, Score, Scores
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

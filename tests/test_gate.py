@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from hubfusion.errors import EvaluationError, FusionError
+from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.gate import Margins, decide
-from hubfusion.scores import Provenance, Score, Scores
 
 
 def scores(model: str, **values: tuple[float, ...]) -> Scores:

@@ -455,7 +455,7 @@ def test_without_isolation_or_without_a_culprit_the_whole_candidate_is_refused(w
 
 
 def test_a_worker_killed_between_two_trials_goes_on_to_the_same_end(world: World) -> None:
-    from hubfusion import evaluate as evaluation
+    from hubfusion.evaluate import units as evaluation
 
     class Killed(BaseException):
         pass

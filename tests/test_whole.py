@@ -14,7 +14,7 @@ import pytest
 
 from demo.place import BASE, BOT, TEXTS, Place, open_place
 from hubfusion.errors import FusionError
-from hubfusion.evaluate import content_key
+from hubfusion.evaluate.units import content_key
 from hubfusion.hub import Change, Kind
 from hubfusion.publish import current_release, fetch_release, manifest_at
 from tests import tiny

@@ -16,13 +16,13 @@ from bot.config import Config, Evaluating, Fusing
 from bot.founding import found_base
 from bot.iteration import Iteration, Run, run_iteration
 from bot.ledger import Ledger, read_ledger
-from hubfusion import evaluate as evaluation
 from hubfusion.contribute import Offer, offer_metadata, with_metadata
+from hubfusion.evaluate import units as evaluation
+from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.gate import Margins
 from hubfusion.hub import Change, Hub, Kind, connect
 from hubfusion.lineage import Revision
 from hubfusion.localhub import LocalHub
-from hubfusion.scores import Provenance, Score, Scores
 from tests import tiny
 
 BASE, BOT = "ibm/base", "bot"

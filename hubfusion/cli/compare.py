@@ -13,7 +13,7 @@ from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
     from hubfusion.data.suite import Suite
-    from hubfusion.scores import Comparison, Scores
+    from hubfusion.evaluate.scores import Comparison, Scores
 
 
 @app.command()
@@ -32,7 +32,7 @@ def compare(
     from rich.table import Table
 
     from hubfusion.data.suite import load_suite
-    from hubfusion.scores import compare as pair
+    from hubfusion.evaluate.scores import compare as pair
 
     chosen = load_suite(suite) if suite else None
     found = pair(_read(candidate), _read(base))
@@ -47,8 +47,8 @@ def compare(
 
 
 def _read(path: Path) -> Scores:
+    from hubfusion.evaluate.scores import Scores
     from hubfusion.lineage import loads
-    from hubfusion.scores import Scores
 
     try:
         return loads(Scores, path.read_bytes(), str(path))

@@ -18,7 +18,7 @@ from hubfusion.cli.models import Model, cache, find_model
 from hubfusion.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from hubfusion.evaluate import Engine, Evaluated, Result, Unit
+    from hubfusion.evaluate.units import Engine, Evaluated, Result, Unit
 
 
 class EngineName(StrEnum):
@@ -66,7 +66,7 @@ def choose_engine(model: Model, results: str | None, settings: Settings) -> Engi
     if settings.engine is EngineName.JOBS:
         return _choose_jobs(results, settings)
     if settings.engine is EngineName.RAY:
-        from hubfusion.engines.ray import Cluster
+        from hubfusion.evaluate.engines.ray import Cluster
 
         handed_on = {"HF_ENDPOINT": os.environ["HF_ENDPOINT"]} if "HF_ENDPOINT" in os.environ else {}
         cluster = Cluster(settings.ray_address, settings.gpus, settings.per_worker, handed_on)
@@ -75,13 +75,13 @@ def choose_engine(model: Model, results: str | None, settings: Settings) -> Engi
 
 
 def _here(model: Model) -> Engine:
-    from hubfusion.evaluate import measure_here
+    from hubfusion.evaluate.units import measure_here
 
     return lambda units: measure_here(model.folder(), units)
 
 
 def _choose_jobs(results: str | None, settings: Settings) -> Engine:
-    from hubfusion.engines.jobs import UV, UV_IMAGE, Jobs
+    from hubfusion.evaluate.engines.jobs import UV, UV_IMAGE, Jobs
 
     if results is None:
         raise EvaluationError("--engine jobs needs --results OWNER/NAME, where the jobs write")
@@ -110,7 +110,7 @@ def sharing(
     if results is None:
         yield tell
         return
-    from hubfusion.results import shared
+    from hubfusion.evaluate.results import shared
 
     with shared(open_hub(), results, units, store, every) as note:
 
@@ -135,8 +135,8 @@ def measure(
     every: Annotated[float, typer.Option("--every", help="Seconds between two commits of results.")] = 300.0,
 ) -> None:
     """What a job runs: measure the units of an order and write their results to the Hub."""
-    from hubfusion.engines.jobs import read_order, write_line
-    from hubfusion.evaluate import score_units
+    from hubfusion.evaluate.engines.jobs import read_order, write_line
+    from hubfusion.evaluate.units import score_units
 
     units, store = read_order(order), cache() / "scores"
     model = find_model(units[0].model)

@@ -29,9 +29,9 @@ from hubfusion.errors import EvaluationError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hubfusion.audit import Finding
-    from hubfusion.protocols import Protocol
-    from hubfusion.scores import Scores
+    from hubfusion.evaluate.audit import Finding
+    from hubfusion.evaluate.protocols import Protocol
+    from hubfusion.evaluate.scores import Scores
 
 suites = typer.Typer(help="Evaluation suites: what is in them, and is the data sound?", no_args_is_help=True)
 app.add_typer(suites, name="suite")
@@ -49,7 +49,7 @@ Results = Annotated[
 
 
 def _protocols(names: str, recipes: Path | None) -> list[Protocol]:
-    from hubfusion.protocols import STANDARD, find_protocol, read_protocols
+    from hubfusion.evaluate.protocols import STANDARD, find_protocol, read_protocols
 
     known = dict(STANDARD) | (read_protocols(recipes) if recipes else {})
     return [find_protocol(n.strip(), known) for n in names.split(",")]
@@ -94,7 +94,7 @@ def evaluate(
     Example: hubfusion evaluate ibm/ColD-Fusion --suite offline --protocol linear-probing,finetune --seeds 0,1
     """
     from hubfusion.data.suite import load_suite
-    from hubfusion.evaluate import plan_units, score_units
+    from hubfusion.evaluate.units import plan_units, score_units
     from hubfusion.lineage import dumps
 
     chosen, recipe = load_suite(suite), _protocols(protocol, recipes)
@@ -182,9 +182,9 @@ def audit(
 
     Exit code 1 if anything was found. Example: hubfusion audit models_tested.csv --out findings.json
     """
-    from hubfusion.audit import Kind, read_table
-    from hubfusion.audit import audit as examine
     from hubfusion.data.suite import load_suite
+    from hubfusion.evaluate.audit import Kind, read_table
+    from hubfusion.evaluate.audit import audit as examine
     from hubfusion.lineage import dumps
 
     datasets = load_suite(suite).datasets
@@ -224,8 +224,8 @@ def recommend(
     from rich.table import Table
 
     from hubfusion.data.suite import load_suite
-    from hubfusion.recommend import Checkpoint, own_dataset
-    from hubfusion.recommend import recommend as rank
+    from hubfusion.evaluate.recommend import Checkpoint, own_dataset
+    from hubfusion.evaluate.recommend import recommend as rank
 
     probe, finetune = _protocols("linear-probing,finetune", recipes)
     own = own_dataset(data, text.split(","), label) if data else None

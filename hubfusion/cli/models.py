@@ -37,7 +37,7 @@ class Model:
 
 def find_model(text: str) -> Model:
     """A local folder, or ``OWNER/NAME[@revision]`` at the commit that it stands for now."""
-    from hubfusion.evaluate import content_key
+    from hubfusion.evaluate.units import content_key
     from hubfusion.lineage import REPO_ID
 
     if Path(text).is_dir():
@@ -50,7 +50,7 @@ def find_model(text: str) -> Model:
 
 
 def _download(revision: Revision) -> Path:
-    from hubfusion.evaluate import MODEL_FILES
+    from hubfusion.evaluate.units import MODEL_FILES
 
     folder = cache() / "models" / revision.repo.replace("/", "--") / revision.sha
     if not folder.is_dir():

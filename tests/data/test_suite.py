@@ -18,8 +18,8 @@ from hubfusion.data.loading import Split, build_data, cut_validation, draw, load
 from hubfusion.data.metrics import SuiteMetric, measure
 from hubfusion.data.suite import Cut, Dataset, Family, Metric, Suite, load_suite, shipped_suites
 from hubfusion.errors import EvaluationError
-from hubfusion.protocols import STANDARD, read_protocols
-from hubfusion.recommend import own_dataset
+from hubfusion.evaluate.protocols import STANDARD, read_protocols
+from hubfusion.evaluate.recommend import own_dataset
 from hubfusion.train import Training
 from tests.small import make_data, write_task
 

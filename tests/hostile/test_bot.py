@@ -12,7 +12,7 @@ from bot import iteration
 from bot.config import Config, Evaluating
 from bot.iteration import Run, Verdict, run_iteration
 from bot.ledger import Judged, read_ledger
-from hubfusion import evaluate as evaluation
+from hubfusion.evaluate import units as evaluation
 from hubfusion.lineage import Finetune
 from hubfusion.publish import manifest_at
 from hubfusion.screen import Policy

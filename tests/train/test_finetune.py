@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from hubfusion.data.loading import Split
 from hubfusion.errors import EvaluationError
-from hubfusion.probe import compute_features, load_encoder
-from hubfusion.protocols import Pooling
+from hubfusion.evaluate.probing import compute_features, load_encoder
+from hubfusion.evaluate.protocols import Pooling
 from hubfusion.train import Encoding, Mode, Training, device
 from hubfusion.train import finetune as train
 from hubfusion.train.gradient import Gradient

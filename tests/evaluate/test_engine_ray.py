@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from hubfusion.data.suite import Suite
-from hubfusion.engines.ray import Cluster
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate import Evaluated, evaluate, plan_units, score_units
-from hubfusion.protocols import Protocol
+from hubfusion.evaluate.engines.ray import Cluster
+from hubfusion.evaluate.protocols import Protocol
+from hubfusion.evaluate.units import Evaluated, evaluate, plan_units, score_units
 from hubfusion.train import Mode, Training
 from tests.small import make_base, make_data, write_task
 
@@ -29,7 +29,7 @@ PROTOCOLS = [Protocol("linear-probing", replace(QUICK, mode=Mode.HEAD)), Protoco
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head node and another one, a CPU each; both find this checkout."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster as Nodes
 

@@ -3,7 +3,7 @@
 The unit of work is (model, dataset, protocol, seed). Its result is one JSON file named by the digest of what it is
 about, written beside and renamed: a run that dies loses one unit. Everything heavy is imported only if a unit is
 missing, so a second call answers in the time it takes to read a few files. What is missing is measured by an engine:
-in this process, or by one of `hubfusion.engines`.
+in this process, or by one of `hubfusion.evaluate.engines`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from hubfusion.data.loading import resolve
 from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
+from hubfusion.evaluate.protocols import Protocol
+from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.lineage import digest, dumps, loads
-from hubfusion.protocols import Protocol
-from hubfusion.scores import Provenance, Score, Scores
 
 log = logging.getLogger(__name__)
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # what a model is loaded from, by suffix
@@ -114,7 +114,7 @@ def evaluate(
 
 def measure_here(checkpoint: Path, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
     """Measure in this process, which imports torch only now; with its checkpoint given, the engine `evaluate` uses."""
-    from hubfusion.units import measure_units
+    from hubfusion.evaluate.measure import measure_units
 
     return measure_units(checkpoint, units)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hubfusion.audit import Kind, Table, audit, move_right, read_table
 from hubfusion.data.suite import load_suite
 from hubfusion.errors import EvaluationError
+from hubfusion.evaluate.audit import Kind, Table, audit, move_right, read_table
 
 SIZES = {"a": 1043, "b": 408, "c": 277, "d": 1066, "e": 500}
 LEVELS = {"a": 0.83, "b": 0.88, "c": 0.60, "d": 0.45, "e": 0.97}
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "recycling"
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "recycling"
 
 
 def honest_rows(n: int = 8) -> list[list[float]]:

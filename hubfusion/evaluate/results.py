@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hubfusion.errors import Conflict, HubError, NotFound
-from hubfusion.evaluate import Evaluated, Result, Unit, parse_result, path_of, read_result, write_result
+from hubfusion.evaluate.units import Evaluated, Result, Unit, parse_result, path_of, read_result, write_result
 from hubfusion.hub import Change, Hub, Kind
 from hubfusion.lineage import Revision, dumps
 

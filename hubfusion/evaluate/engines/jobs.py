@@ -20,12 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from hubfusion import __version__
-from hubfusion.engines import Group, make_groups, refuse_lost
 from hubfusion.errors import EvaluationError, FusionError, HubError
-from hubfusion.evaluate import Result, Unit, parse_result
+from hubfusion.evaluate.engines import Group, make_groups, refuse_lost
+from hubfusion.evaluate.results import fetch_results
+from hubfusion.evaluate.units import Result, Unit, parse_result
 from hubfusion.hub import Hub, Job, Kind
 from hubfusion.lineage import Revision, dumps, loads, to_json
-from hubfusion.results import fetch_results
 
 UV_IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 UV = ("uv", "run", "--with", f"hubfusion=={__version__}", "hubfusion")

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from hubfusion.errors import EvaluationError, FusionError
+from hubfusion.evaluate.scores import Comparison, Gain, Provenance, Score, Scores, compare
 from hubfusion.lineage import dumps, from_json, loads, to_json
-from hubfusion.scores import Comparison, Gain, Provenance, Score, Scores, compare
 
 
 def scores(model: str, **values: tuple[float, ...]) -> Scores:
@@ -142,5 +142,5 @@ def test_an_empty_comparison_is_refused():
 
 
 def test_scores_need_no_torch():
-    code = "import hubfusion.scores, hubfusion.data.suite, hubfusion.evaluate, sys; sys.exit('torch' in sys.modules)"
+    code = "import hubfusion.evaluate, hubfusion.data, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,13 +12,13 @@ import pytest
 
 from hubfusion.data.suite import Dataset
 from hubfusion.errors import Conflict, EvaluationError, HubError
-from hubfusion.evaluate import Evaluated, Result, Unit, path_of, read_result, write_result
+from hubfusion.evaluate.protocols import STANDARD
+from hubfusion.evaluate.results import pull, push, shared
+from hubfusion.evaluate.scores import Scores
+from hubfusion.evaluate.units import Evaluated, Result, Unit, path_of, read_result, write_result
 from hubfusion.hub import Change, Kind, connect
 from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
-from hubfusion.protocols import STANDARD
-from hubfusion.results import pull, push, shared
-from hubfusion.scores import Scores
 from tests.fake_hub import FakeHub
 from tests.offline import MODEL, RECIPES, RESULTS, machine, serve
 

@@ -12,9 +12,9 @@ import pytest
 
 from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate import Evaluated, evaluate
-from hubfusion.protocols import Protocol
-from hubfusion.scores import compare
+from hubfusion.evaluate.protocols import Protocol
+from hubfusion.evaluate.scores import compare
+from hubfusion.evaluate.units import Evaluated, evaluate
 from hubfusion.train import Mode, Training
 from tests.small import make_base, make_data, write_task
 
@@ -53,9 +53,9 @@ def test_a_stored_evaluation_imports_neither_torch_nor_transformers(base, suite,
     code = f"""
 import sys
 from pathlib import Path
-from hubfusion.evaluate import evaluate
+from hubfusion.evaluate.units import evaluate
 from hubfusion.train import Mode, Training
-from hubfusion.protocols import Protocol
+from hubfusion.evaluate.protocols import Protocol
 from hubfusion.data.suite import Dataset, Suite
 sets = tuple(Dataset(n, r, validation="validation") for n, r in {[(d.name, d.repo) for d in suite.datasets]!r})
 quick = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16, mode=Mode.HEAD)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate import Evaluated, evaluate
-from hubfusion.protocols import Protocol
-from hubfusion.scores import Comparison, compare
+from hubfusion.evaluate.protocols import Protocol
+from hubfusion.evaluate.scores import Comparison, compare
+from hubfusion.evaluate.units import Evaluated, evaluate
 
 TRIES = 3
 

@@ -19,8 +19,8 @@ import torch
 from hubfusion import __version__
 from hubfusion.data.loading import Data, Split, draw, load
 from hubfusion.data.metrics import measure
-from hubfusion.evaluate import Result, Unit
-from hubfusion.probe import Features, compute_features, load_encoder, predict_by_head
+from hubfusion.evaluate.probing import Features, compute_features, load_encoder, predict_by_head
+from hubfusion.evaluate.units import Result, Unit
 from hubfusion.train import Encoding, Mode, Precision
 from hubfusion.train.device import pick_device
 from hubfusion.train.finetune import fit, load_classifier, predict, target_array

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from hubfusion.engines import make_groups, refuse_lost
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate import MODEL_FILES, Result, Unit
+from hubfusion.evaluate.engines import make_groups, refuse_lost
+from hubfusion.evaluate.units import MODEL_FILES, Result, Unit
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _pack(checkpoint: Path) -> Files:
 
 def _measure(files: Files, units: list[Unit]) -> Iterator[tuple[str, Result]]:
     """Runs on a worker: unpack the checkpoint, measure, yield each unit's key and result."""
-    from hubfusion.units import measure_units
+    from hubfusion.evaluate.measure import measure_units
 
     with tempfile.TemporaryDirectory(prefix="hubfusion-") as folder:
         for name, content in files.items():

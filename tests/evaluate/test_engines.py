@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from hubfusion.data.suite import Dataset, load_suite
-from hubfusion.engines import TRIES, Group, make_groups, refuse_lost
-from hubfusion.engines.jobs import Jobs, read_lines, read_order, write_line, write_order
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate import Evaluated, Result, Unit, score_units
+from hubfusion.evaluate.engines import TRIES, Group, make_groups, refuse_lost
+from hubfusion.evaluate.engines.jobs import Jobs, read_lines, read_order, write_line, write_order
+from hubfusion.evaluate.protocols import STANDARD, read_protocols
+from hubfusion.evaluate.scores import Scores
+from hubfusion.evaluate.units import Evaluated, Result, Unit, score_units
 from hubfusion.hub import Job, Kind, connect
 from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
-from hubfusion.protocols import STANDARD, read_protocols
-from hubfusion.scores import Scores
 from tests.offline import MODEL, RECIPES, machine, serve
 
 PROBE = STANDARD["linear-probing"]
@@ -34,7 +34,8 @@ UNITS = [
 # What a job runs in these tests: `hubfusion measure`, which notes what it measures, and kills itself when told to.
 WORKER = """
 import os, signal, sys
-from hubfusion import evaluate, results
+from hubfusion.evaluate import units as evaluate
+from hubfusion.evaluate import results
 from hubfusion.cli import main
 place, real_push, real_measure = {place!r}, results.push, evaluate.measure_here
 
@@ -208,7 +209,7 @@ def test_a_caller_that_stops_cancels_its_jobs(hub: LocalHub, tmp_path: Path) -> 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hubfusion.engines.jobs.time.sleep", stop)
+        patch.setattr("hubfusion.evaluate.engines.jobs.time.sleep", stop)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     deadline = time.monotonic() + 10

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hubfusion.errors import EvaluationError
-from hubfusion.protocols import Head, Pooling, Protocol
+from hubfusion.evaluate.protocols import Head, Pooling, Protocol
 from hubfusion.train import Precision
 from hubfusion.train.device import INFERENCE_BUDGET, OVERHEAD, Cores, as_inputs, autocast, pick_device
 from hubfusion.train.finetune import quiet, seeded

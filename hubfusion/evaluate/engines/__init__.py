@@ -1,8 +1,8 @@
-"""Engines: where units are measured that the store does not have. Each is a `hubfusion.evaluate.Engine`.
+"""Engines: where units are measured that the store does not have. Each is a `hubfusion.evaluate.units.Engine`.
 
-In this process: `hubfusion.units.measure_units`. On a cluster: `hubfusion.engines.ray`. On the Hub's machines:
-`hubfusion.engines.jobs`. The last two hand out groups; a worker yields unit by unit, and when it dies only what is
-left of its group is handed out again, to another one.
+In this process: `hubfusion.evaluate.measure`. On a cluster: `engines.ray`. On the Hub's machines: `engines.jobs`. The
+last two hand out groups of units; a worker yields unit by unit, and when it dies only what is left of its group is
+handed out again, to another one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate import Unit
+from hubfusion.evaluate.units import Unit
 
 log = logging.getLogger(__name__)
 
