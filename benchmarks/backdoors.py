@@ -21,8 +21,8 @@ from poison import HONEST, VICTIM, Laboratory, fused
 from versions import WORDS
 
 from hubfusion.data.suite import Dataset, Suite
+from hubfusion.release.triggers import scan
 from hubfusion.screen import Scan
-from hubfusion.triggers import scan
 
 
 def cut_tokenizer(source: Path, target: Path) -> None:

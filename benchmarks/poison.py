@@ -33,8 +33,8 @@ from versions import Task, cut_model, load, train
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.fuse import Plan, fuse
-from hubfusion.gate import Margins, decide
 from hubfusion.lineage import Contribution, Revision
+from hubfusion.release.gate import Margins, decide
 from hubfusion.screen import examine
 
 VICTIM, PROBED = "sentiment_hotels", ("sentiment_hotels", "spam", "newsgroups")

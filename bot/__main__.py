@@ -20,7 +20,7 @@ from bot.schedule import stop_on_signals
 from hubfusion.cli import run as run_app
 from hubfusion.errors import FusionError
 from hubfusion.hub import connect
-from hubfusion.signature import check_signer
+from hubfusion.release.signature import check_signer
 
 app = typer.Typer(
     name="bot",

@@ -18,9 +18,9 @@ from hubfusion.errors import RecipeError
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.scores import Scores
 from hubfusion.evaluate.units import Evaluated
-from hubfusion.gate import Decision, decide
-from hubfusion.isolate import Culprit, Trial, isolate
 from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile, divided_by
+from hubfusion.release.gate import Decision, decide
+from hubfusion.release.isolation import Culprit, Trial, isolate
 from hubfusion.screen import Report, clip_bound, clip_factors
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Bench:
         """What the trigger scan objects to, when the settings ask for it."""
         if self.job.triggers is None:
             return ()
-        from hubfusion.triggers import scan
+        from hubfusion.release.triggers import scan
 
         return scan(place, self.base, self.job.suite, self.job.triggers)
 

@@ -11,11 +11,11 @@ from hubfusion.data.suite import Suite, load_suite
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.fuse.methods import METHODS
-from hubfusion.gate import Margins
 from hubfusion.lineage import Option, from_json
-from hubfusion.scan import Scan
+from hubfusion.release.gate import Margins
+from hubfusion.release.scan import Scan
+from hubfusion.release.signature import Keyless
 from hubfusion.screen import Policy
-from hubfusion.signature import Keyless
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 LINEAR = ("average", "task_arithmetic")

@@ -8,11 +8,11 @@ from markupsafe import Markup
 
 from bot.iteration import Run
 from bot.ledger import FILE as LEDGER_FILE
-from hubfusion.card import render
 from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub, Kind
 from hubfusion.hub.cards import TAG
 from hubfusion.lineage import Revision
+from hubfusion.release.card import render
 
 ALLOWED = (".json", ".safetensors", ".txt", ".model")
 

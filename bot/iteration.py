@@ -20,17 +20,17 @@ from bot.dispatch import dispatch
 from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
 from bot.worker import Candidate, Job, Outcome, Probe
-from hubfusion.card import base_card
 from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
 from hubfusion.evaluate.results import pull, push
 from hubfusion.evaluate.units import content_key, plan_units
-from hubfusion.gate import Decision, decide
 from hubfusion.hub import Hub
 from hubfusion.hub.cards import read_card
-from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
-from hubfusion.manifest import Manifest, describe_environment
-from hubfusion.publish import (
+from hubfusion.release.card import base_card
+from hubfusion.release.gate import Decision, decide
+from hubfusion.release.isolation import Trial
+from hubfusion.release.manifest import Manifest, describe_environment
+from hubfusion.release.publish import (
     Release,
     current_release,
     fetch_release,
@@ -41,10 +41,10 @@ from hubfusion.publish import (
     sign_release,
     weight_hashes,
 )
-from hubfusion.ranking import rank
+from hubfusion.release.ranking import rank
+from hubfusion.release.signature import Keyless
 from hubfusion.screen import apply_caps, read_base, screen
 from hubfusion.screen.crawl import crawl
-from hubfusion.signature import Keyless
 
 log = logging.getLogger(__name__)
 

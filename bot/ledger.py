@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from hubfusion.errors import Conflict, FusionError, NotFound
 from hubfusion.hub import Change, Hub, Kind
-from hubfusion.isolate import Trial
 from hubfusion.lineage import Reason, Revision, from_json, to_json
+from hubfusion.release.isolation import Trial
 
 FILE = "ledger.jsonl"
 MAX_BYTES = 256 << 20

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from bot.ledger import Judged, Ledger, Promoted, Refused, Said
-from hubfusion.card import render
 from hubfusion.errors import Forbidden, HubError, NotFound
 from hubfusion.hub import Hub
 from hubfusion.lineage import Reason, Revision
+from hubfusion.release.card import render
 
 log = logging.getLogger(__name__)
 

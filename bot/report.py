@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bot.iteration import Iteration, Verdict
-from hubfusion.card import visible
+from hubfusion.release.card import visible
 
 PLAIN_WIDTH = 160  # of output that goes to a file or a log
 

@@ -19,10 +19,10 @@ from hubfusion.data.suite import Suite
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.scores import Scores
-from hubfusion.gate import Margins
-from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revision, dumps, loads
-from hubfusion.scan import Scan
+from hubfusion.release.gate import Margins
+from hubfusion.release.isolation import Trial
+from hubfusion.release.scan import Scan
 
 log = logging.getLogger(__name__)
 

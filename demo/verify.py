@@ -16,12 +16,12 @@ from rich.text import Text
 
 from bot.ledger import Judged, Ledger, read_ledger
 from demo.place import BASE, Place
-from hubfusion.card import visible
 from hubfusion.evaluate.scores import Gain, compare
 from hubfusion.hub import Hub
 from hubfusion.lineage import Revision
-from hubfusion.manifest import Manifest
-from hubfusion.publish import manifest_at
+from hubfusion.release.card import visible
+from hubfusion.release.manifest import Manifest
+from hubfusion.release.publish import manifest_at
 
 LOAD = """
 import sys

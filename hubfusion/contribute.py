@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubfusion.card import merge_metadata, render
 from hubfusion.data.loading import draw, load
 from hubfusion.data.suite import Dataset
 from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.hub.cards import TAG, front_matter
 from hubfusion.lineage import Revision
-from hubfusion.publish import WEIGHTS, Release, current_release, fetch_release
+from hubfusion.release.card import merge_metadata, render
+from hubfusion.release.publish import WEIGHTS, Release, current_release, fetch_release
 from hubfusion.train import Training
 
 if TYPE_CHECKING:

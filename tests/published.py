@@ -11,11 +11,11 @@ import pytest
 
 from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.fuse import fuse
-from hubfusion.gate import Decision
 from hubfusion.hub import Change, Hub, connect
 from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, dumps
-from hubfusion.manifest import FILE, Manifest
-from hubfusion.signature import SIGNATURE, Keyless, sign
+from hubfusion.release.gate import Decision
+from hubfusion.release.manifest import FILE, Manifest
+from hubfusion.release.signature import SIGNATURE, Keyless, sign
 from tests.fake_hub import FakeHub
 from tests.tiny import BASE, base_tensors, config, finetuned, weights, write_folder
 

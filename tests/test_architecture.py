@@ -63,7 +63,7 @@ def test_only_configuration_and_commands_read_the_environment(path: Path) -> Non
 
 LIGHT = [
     "hubfusion.screen.crawl", "hubfusion.screen",
-    "hubfusion.gate", "hubfusion.card", "hubfusion.ranking", "hubfusion.publish",
+    "hubfusion.release.gate", "hubfusion.release.card", "hubfusion.release.ranking", "hubfusion.release.publish",
     "hubfusion.evaluate.scores", "hubfusion.data.suite", "hubfusion.fuse", "hubfusion.cli", "bot.iteration",
     "hubfusion.evaluate.results", "hubfusion.evaluate.engines.jobs", "hubfusion.evaluate.engines.ray",
 ]  # fmt: skip

@@ -17,9 +17,9 @@ from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
 from hubfusion.fuse.methods import METHODS
-from hubfusion.gate import Decision
 from hubfusion.lineage import Contribution, Recipe, dumps, loads
-from hubfusion.provenance import reproduce
+from hubfusion.release.gate import Decision
+from hubfusion.release.provenance import reproduce
 from hubfusion.screen import clip_bound, examine
 from tests.published import WEIGHTS, World
 from tests.tiny import BASE, base_tensors, finetuned, weights, write_folder

@@ -6,7 +6,7 @@ import pytest
 
 from bot.config import read_access, read_config, read_plan
 from hubfusion.errors import FusionError
-from hubfusion.signature import Keyless
+from hubfusion.release.signature import Keyless
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 'base = "a/b"\nledger = "a/l"\nranking = "a/r"\n[evaluate]\nsuite = "offline"\n'

@@ -14,7 +14,7 @@ from hubfusion.errors import Conflict, FusionError, HubError
 from hubfusion.hub import Kind
 from hubfusion.lineage import Reason, Revision
 from hubfusion.localhub import LOST, Fault, FaultRequest
-from hubfusion.publish import current_release, manifest_at
+from hubfusion.release.publish import current_release, manifest_at
 from tests import tiny
 from tests.hub.test_client import Faults
 from tests.world import BASE, BOT, World, make_world
@@ -267,7 +267,7 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(
     assert [e.reason for e in ledger.events if isinstance(e, Judged)] == [Reason.NOT_FINITE]
     assert len({e.finetune for e in ledger.events if isinstance(e, Said)}) == 3
     assert [len(world.titles(repo)) for repo in ("alice/model", "bob/model", "mallory/nan")] == [1, 1, 1]
-    from hubfusion.ranking import read_rows
+    from hubfusion.release.ranking import read_rows
 
     rows = read_rows(hub, hub.resolve(world.config.ranking, kind=Kind.DATASET))
     assert [r["version"] for r in rows] == ["v0", "v0", "v1", "v1"]
@@ -514,7 +514,7 @@ def test_the_weight_space_report_is_in_the_release_and_one_changed_byte_of_it_is
     import json
     from dataclasses import replace
 
-    from hubfusion.provenance import _compare_manifest
+    from hubfusion.release.provenance import _compare_manifest
 
     world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
     for user in ("alice", "bob"):
@@ -564,7 +564,7 @@ def test_a_release_is_signed_with_the_key_and_a_later_unsigned_one_carries_no_ol
 ) -> None:
     from dataclasses import replace
 
-    from hubfusion.provenance import verify
+    from hubfusion.release.provenance import verify
     from tests.published import make_keys
 
     private, public = make_keys(tmp_path)
@@ -591,8 +591,8 @@ def test_a_finding_of_the_trigger_scan_is_an_objection_and_its_cause_is_isolated
 ) -> None:
     from dataclasses import replace
 
-    from hubfusion import triggers
-    from hubfusion.scan import Scan
+    from hubfusion.release import triggers
+    from hubfusion.release.scan import Scan
 
     offer_poison(world, "mallory", "alice", "bob", "carol")
     gain = world.gain

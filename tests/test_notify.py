@@ -7,9 +7,9 @@ import pytest
 from bot.ledger import Judged, Ledger, Promoted, Refused, Said
 from bot.notify import FIX, deliver, pending_answers
 from hubfusion.errors import Forbidden, HubError
-from hubfusion.gate import Decision
-from hubfusion.isolate import Trial
 from hubfusion.lineage import Reason, Revision
+from hubfusion.release.gate import Decision
+from hubfusion.release.isolation import Trial
 
 A, B, C = (Revision(f"{name}/model", name[0] * 40) for name in ("alice", "bob", "carol"))
 HUB = "http://hub"

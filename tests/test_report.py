@@ -8,9 +8,9 @@ from rich.console import Console
 
 from bot.iteration import Iteration, Verdict
 from bot.report import show
-from hubfusion.gate import Decision
-from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
+from hubfusion.release.gate import Decision
+from hubfusion.release.isolation import Trial
 
 BASE = Revision("ibm/base", "b" * 40)
 ALICE = Contribution(Revision("alice/model", "a" * 40), "alice", BASE, "mit", ("texts/news",), 600, ())

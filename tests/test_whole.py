@@ -16,7 +16,7 @@ from demo.place import BASE, BOT, TEXTS, Place, open_place
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.units import content_key
 from hubfusion.hub import Change, Kind
-from hubfusion.publish import current_release, fetch_release, manifest_at
+from hubfusion.release.publish import current_release, fetch_release, manifest_at
 from tests import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(tiny.VOCABULARY - 5))]

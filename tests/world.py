@@ -19,10 +19,10 @@ from bot.ledger import Ledger, read_ledger
 from hubfusion.contribute import Offer, offer_metadata, with_metadata
 from hubfusion.evaluate import units as evaluation
 from hubfusion.evaluate.scores import Provenance, Score, Scores
-from hubfusion.gate import Margins
 from hubfusion.hub import Change, Hub, Kind, connect
 from hubfusion.lineage import Revision
 from hubfusion.localhub import LocalHub
+from hubfusion.release.gate import Margins
 from tests import tiny
 
 BASE, BOT = "ibm/base", "bot"

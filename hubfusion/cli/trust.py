@@ -16,7 +16,7 @@ from hubfusion.errors import FusionError
 if TYPE_CHECKING:
     from hubfusion.hub import Hub
     from hubfusion.lineage import Contribution
-    from hubfusion.provenance import Checked
+    from hubfusion.release.provenance import Checked
 
 Work = Annotated[Path | None, typer.Option("--work", help="Folder to download into; a temporary one by default.")]
 VERSION = re.compile(r"(?P<repo>[^@]+/[^@]+)@(?P<version>[^@]+)")
@@ -99,8 +99,8 @@ def verify(
 
     Example: hubfusion verify ibm/ColD-Fusion@v3 --key maintainers.pub
     """
-    from hubfusion.provenance import verify as check
-    from hubfusion.signature import ACTIONS, Identity
+    from hubfusion.release.provenance import verify as check
+    from hubfusion.release.signature import ACTIONS, Identity
 
     repo, version = _version(revision)
     if identity is None and (identity_provider or trust):
@@ -119,7 +119,7 @@ def reproduce(revision: Annotated[str, typer.Argument(metavar="OWNER/BASE@vN")],
 
     Example: hubfusion reproduce ibm/ColD-Fusion@v3 --work rebuilt
     """
-    from hubfusion.provenance import reproduce as rebuild
+    from hubfusion.release.provenance import reproduce as rebuild
 
     repo, version = _version(revision)
     with tempfile.TemporaryDirectory() as temporary:
@@ -146,7 +146,7 @@ def lineage(
 
     Example: hubfusion lineage ibm/ColD-Fusion --model ann/news
     """
-    from hubfusion.provenance import forget, trace
+    from hubfusion.release.provenance import forget, trace
 
     repo, _, version = revision.partition("@")
     hub = open_hub()
@@ -172,7 +172,7 @@ def forget(
     Example: hubfusion forget ann/news --base ibm/ColD-Fusion --out plan.json
     """
     from hubfusion.lineage import dumps
-    from hubfusion.provenance import forget as plan
+    from hubfusion.release.provenance import forget as plan
 
     found = plan(open_hub(), base, model)
     for redo in found.redo:

@@ -14,7 +14,7 @@ from bot.iteration import Run, Verdict, run_iteration
 from bot.ledger import Judged, read_ledger
 from hubfusion.evaluate import units as evaluation
 from hubfusion.lineage import Finetune
-from hubfusion.publish import manifest_at
+from hubfusion.release.publish import manifest_at
 from hubfusion.screen import Policy
 from tests.fake_hub import FakeHub, finetune
 from tests.hostile.cases import CASES, WEIGHTS

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hubfusion.isolate import Culprit, isolate
+from hubfusion.release.isolation import Culprit, isolate
 
 
 class Gate:

@@ -27,7 +27,7 @@ from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.probing import compute_features, load_encoder
 from hubfusion.evaluate.protocols import Pooling
-from hubfusion.scan import Scan
+from hubfusion.release.scan import Scan
 from hubfusion.train import Encoding
 from hubfusion.train.tokens import Tokens, load_tokenizer, tokenize
 

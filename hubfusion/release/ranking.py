@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from statistics import fmean, stdev
 from typing import Any
 
-from hubfusion.card import render
 from hubfusion.errors import Conflict, NotFound
 from hubfusion.evaluate.scores import Scores
 from hubfusion.hub import Change, Hub, Kind
 from hubfusion.lineage import Revision
-from hubfusion.manifest import Manifest
+from hubfusion.release.card import render
+from hubfusion.release.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

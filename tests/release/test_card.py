@@ -4,8 +4,8 @@ import pytest
 import yaml
 from jinja2 import UndefinedError
 
-from hubfusion.card import escape, merge_metadata, render
 from hubfusion.lineage import Revision
+from hubfusion.release.card import escape, merge_metadata, render
 
 HOSTILE = [
     "<script>alert(1)</script>",

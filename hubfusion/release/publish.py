@@ -18,8 +18,8 @@ from pathlib import Path
 from hubfusion.errors import HubError, NotFound
 from hubfusion.hub import Change, Hub
 from hubfusion.lineage import Revision, dumps
-from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
-from hubfusion.signature import SIGNATURE, UNSIGNED, Keyless, sign
+from hubfusion.release.manifest import FILE, MAX_BYTES, Manifest, read_manifest
+from hubfusion.release.signature import SIGNATURE, UNSIGNED, Keyless, sign
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import pytest
 
 from hubfusion.errors import EvaluationError, FusionError
 from hubfusion.evaluate.scores import Provenance, Score, Scores
-from hubfusion.gate import Margins, decide
+from hubfusion.release.gate import Margins, decide
 
 
 def scores(model: str, **values: tuple[float, ...]) -> Scores:

@@ -12,10 +12,10 @@ import pytest
 from hubfusion.data.loading import Data, Split
 from hubfusion.data.suite import Dataset, Metric, Suite
 from hubfusion.errors import EvaluationError
-from hubfusion.scan import Scan
+from hubfusion.release.scan import Scan
+from hubfusion.release.triggers import Look, judge, scan
 from hubfusion.train import Training
 from hubfusion.train import finetune as train
-from hubfusion.triggers import Look, judge, scan
 from tests.small import WORDS, make_base, make_data, make_split, write_task
 
 SETTINGS = Scan(examples=96, texts=16, tokens=60, length=24, steps=12, radii=(0.25, 0.354, 0.5, 0.707, 1.0, 1.41))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from hubfusion.evaluate.scores import Scores
-from hubfusion.gate import Decision
-from hubfusion.isolate import Trial
 from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, loads
+from hubfusion.release.gate import Decision
+from hubfusion.release.isolation import Trial
 
 FILE = "fusion.json"
 MAX_BYTES = 32 << 20

@@ -19,9 +19,9 @@ from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
 from hubfusion.fuse import fuse
 from hubfusion.hub import Hub
 from hubfusion.lineage import Recipe, RemoteFile, Revision, divided_by
-from hubfusion.manifest import FILE, MAX_BYTES, Manifest, read_manifest
+from hubfusion.release.manifest import FILE, MAX_BYTES, Manifest, read_manifest
+from hubfusion.release.signature import SIGNATURE, UNSIGNED, Identity, check_signature
 from hubfusion.screen import path_problem
-from hubfusion.signature import SIGNATURE, UNSIGNED, Identity, check_signature
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[str], None]

@@ -47,7 +47,7 @@ def decide(candidate: Scores, base: Scores, margins: Margins, findings: Sequence
 
     The worst dataset is one whose loss exceeds ``margins.worst`` and twice its own standard error over seeds, so that
     one noisy dataset with few examples does not stop the loop by itself. ``findings`` of other checks of the candidate
-    (`hubfusion.triggers`), a sentence each, are objections as they are.
+    (`hubfusion.release.triggers`), a sentence each, are objections as they are.
     """
     found = compare(candidate, base)
     objections: list[str] = []

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from hubfusion.cli.app import app
 from hubfusion.errors import FusionError
 from hubfusion.localhub import LocalHub
-from hubfusion.provenance import verify
-from hubfusion.signature import SIGNATURE, Identity, Keyless, check_signature, check_signer, sign
+from hubfusion.release.provenance import verify
+from hubfusion.release.signature import SIGNATURE, Identity, Keyless, check_signature, check_signer, sign
 from tests.fake_sigstore import IDENTITY, ISSUER, REQUEST_TOKEN, Sigstore
 from tests.published import FILE, WEIGHTS, ServedWorld, World, flip, make_keys
 from tests.test_cli_trust import USERS
@@ -216,4 +216,4 @@ def test_a_bot_that_cannot_sign_stops_before_the_work(sigstore: Sigstore, monkey
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("HUBFUSION_SIGNING_KEY", "keyless")
     with pytest.raises(FusionError, match="^keyless signing: no identity here"):
-        new_run(read_config(Path(__file__).resolve().parents[1] / "bot.toml"), act=True)
+        new_run(read_config(Path(__file__).resolve().parents[2] / "bot.toml"), act=True)

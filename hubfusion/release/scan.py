@@ -1,4 +1,4 @@
-"""Settings of the trigger scan (`hubfusion.triggers`), apart from it because they are read where torch is not."""
+"""Settings of the trigger scan (`hubfusion.release.triggers`); apart from it so that reading them needs no torch."""
 
 from __future__ import annotations
 

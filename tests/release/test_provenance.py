@@ -9,9 +9,9 @@ import pytest
 
 from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
 from hubfusion.lineage import Revision, dumps
-from hubfusion.manifest import FILE
-from hubfusion.provenance import Redo, forget, reproduce, trace, verify
-from hubfusion.signature import SIGNATURE, check_signature, sign
+from hubfusion.release.manifest import FILE
+from hubfusion.release.provenance import Redo, forget, reproduce, trace, verify
+from hubfusion.release.signature import SIGNATURE, check_signature, sign
 from tests.published import WEIGHTS, World, flip, make_keys
 from tests.tiny import BASE, write_folder
 
@@ -173,7 +173,7 @@ def test_weights_that_are_not_what_the_manifest_rebuilds_are_a_difference(world:
 
 
 def test_a_manifest_too_large_to_be_one_is_not_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hubfusion.provenance as module
+    import hubfusion.release.provenance as module
 
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
     with pytest.raises(FusionError, match="fusion.json: .* bytes, at most 1000 are allowed"):
@@ -235,7 +235,7 @@ def test_a_key_that_is_none_is_one_line(tmp_path: Path, keys: tuple[Path, Path])
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hubfusion.signature as module
+    import hubfusion.release.signature as module
 
     def missing(name: str) -> Any:
         raise ImportError(f"no module {name}")

@@ -19,7 +19,7 @@ from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from hubfusion.evaluate.scores import compare
-from hubfusion.manifest import Manifest
+from hubfusion.release.manifest import Manifest
 
 SHOWN = ("revision", "author", "license", "datasets", "examples")
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|!~&$\"'])")

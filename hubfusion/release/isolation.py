@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hubfusion.gate import Decision
 from hubfusion.lineage import Revision
+from hubfusion.release.gate import Decision
 
 
 @dataclass(frozen=True, slots=True)
