@@ -20,7 +20,7 @@ def fisher(deltas: Array, coefficients: Sequence[float], *, floor: float = 1e-6,
 
     Paper: Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832. Departures: none (with the floor of the
     authors' code). ``fishers`` (k, *shape) are required: each input's ``fisher.safetensors``, see
-    `hubfusion.statistics`. Floor > 0; coefficients ≥ 0 with a positive sum.
+    `hubfusion.contribute.statistics`. Floor > 0; coefficients ≥ 0 with a positive sum.
 
     >>> fisher(np.asarray([[1.0], [5.0]]), [1, 1], fishers=np.asarray([[3.0], [1.0]])).tolist()
     [2.0]

@@ -8,7 +8,7 @@ from bot.config import read_access, read_config, read_plan
 from hubfusion.errors import FusionError
 from hubfusion.release.signature import Keyless
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LEAST = 'base = "a/b"\nledger = "a/l"\nranking = "a/r"\n[evaluate]\nsuite = "offline"\n'
 
 

@@ -41,7 +41,7 @@ def test_methods_lists_every_method_and_outer_optimizer_with_its_options(capsys)
 
 def test_the_methods_page_is_what_the_command_prints(capsys):
     assert run("methods", "--markdown") == 0
-    page = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
     assert page.read_text(encoding="utf-8") == capsys.readouterr().out
 
 

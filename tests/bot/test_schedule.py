@@ -35,7 +35,7 @@ schedule.stop_on_signals()
 schedule.serve(Schedule(minutes=1), {"iterate": iterate, "failing": failing}[sys.argv[2]])
 print("stopped cleanly")
 """
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def serve(tmp_path: Path, job: str) -> tuple[subprocess.Popen[str], Path]:

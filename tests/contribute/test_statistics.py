@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hubfusion.contribute.statistics import activation_products, fisher_diagonal
 from hubfusion.errors import RecipeError
-from hubfusion.statistics import activation_products, fisher_diagonal
 
 torch = pytest.importorskip("torch")
 
