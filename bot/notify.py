@@ -38,6 +38,7 @@ FIX: Mapping[Reason, str] = {
     Reason.BAD_INDEX: "save the weights again with save_pretrained and upload shards and index together.",
     Reason.BAD_CONFIG: "upload the config.json that save_pretrained writes.",
     Reason.ARCHITECTURE: "finetune the base itself: every parameter keeps its name, shape and type, heads may differ.",
+    Reason.ADAPTER: "merge the adapter into the model with peft's merge_and_unload, and push the whole model.",
     Reason.BLOCKED: "nothing: the maintainers of the base do not take contributions from this account.",
     Reason.OPTED_OUT: "nothing, if that is what you want; else take the opt-out tag off your card.",
     Reason.CAP: "wait: one iteration takes a limited number from each owner; offer it again for the next version.",

@@ -93,6 +93,7 @@ class Reason(StrEnum):
     BAD_INDEX = "bad-index"
     BAD_CONFIG = "bad-config"
     ARCHITECTURE = "architecture"
+    ADAPTER = "adapter"
     BLOCKED = "blocked"
     OPTED_OUT = "opted-out"
     CAP = "cap"

@@ -19,9 +19,11 @@ TRUNK = {
 }
 
 
-def save(folder: Path, tensors: Mapping[str, np.ndarray], shards: int = 1) -> Path:
-    """Write ``tensors`` as model.safetensors, or as shards with an index."""
+def save(folder: Path, tensors: Mapping[str, np.ndarray], shards: int = 1, model_type: str = "") -> Path:
+    """Write ``tensors`` as model.safetensors, or as shards with an index; ``model_type`` goes into a config."""
     folder.mkdir(parents=True, exist_ok=True)
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     tensors = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors")

@@ -1,11 +1,11 @@
-"""PEFT adapters as inputs of a fuse: the delta that ``merge_and_unload`` would add, computed from the small matrices.
+"""PEFT adapters as finetunes: the delta that ``merge_and_unload`` would add, computed from the small matrices.
 
 LoRA (arXiv 2106.09685): ΔW = s B A, s = α / r;  rsLoRA (arXiv 2312.03732): s = α / √r
 DoRA (arXiv 2402.09353): ΔW = m (W + s B A) / |W + s B A| − W, the norm over each output's row
 
 Only the rows that are asked for are computed, entry by entry in float64, so a delta has the same bits in whatever
-pieces it is read. Checked against peft's own merge. Biases and modules that were trained whole are taken as they are.
-Other adapters, and options that we do not know, are refused by name.
+chunks it is read. Checked against peft's own merge. Biases and modules that were trained whole are taken as they are.
+Other adapters, and options that we do not know, are refused by name, from the configuration and the header alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from hubfusion.checkpoint import align
-from hubfusion.checkpoint.reader import Array, Checkpoint, open_checkpoint
+from hubfusion.checkpoint.backbone import Backbone, Tensor, find_in_base, is_head, name_in_base, prefix_of
+from hubfusion.checkpoint.reader import FLOATS, Array, Checkpoint, open_checkpoint
 from hubfusion.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,11 +43,36 @@ HARMLESS = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """The matrices of one adapted parameter: ``up`` (rows, r), ``down`` (r, columns), both with the scale inside up.
+class Pair:
+    """The matrices of one adapted parameter, by the names of their tensors.
 
-    ``magnitude`` (rows,) is DoRA's; ``is_transposed`` when the base stores (in, out), as GPT-2's Conv1D does.
+    ``down`` is (r, columns), ``up`` (rows, r), to be multiplied by ``scale``; ``magnitude`` (rows,) is DoRA's.
+    ``is_transposed`` when the base stores (in, out), as GPT-2's Conv1D does, or an embedding.
     """
+
+    down: str
+    up: str
+    magnitude: str | None
+    scale: float
+    is_transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMatch:
+    """How an adapter fits a base. Keys are names in the base's file.
+
+    ``pairs`` are low-rank updates, ``saved`` parameters that were trained whole, by their own names; ``heads`` are its
+    own tensors outside the backbone.
+    """
+
+    pairs: Mapping[str, Pair]
+    saved: Mapping[str, str]
+    heads: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A `Pair` read: ``up`` (rows, r) with the scale inside, ``down`` (r, columns), ``magnitude`` (rows,); float64."""
 
     up: Array
     down: Array
@@ -67,6 +92,18 @@ class Adapter:
     base: Checkpoint
     dropped: tuple[str, ...] = ()
     is_wide: bool = field(default=False)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of a parameter that was trained whole; deltas of others are computed in float64."""
+        return self.checkpoint.parameters[self.saved[name]].dtype if name in self.saved else "F64"
+
+    def own_name(self, name: str) -> str:
+        """The adapter's tensor, where it has one of the whole parameter."""
+        return self.saved.get(name, name)
+
+    def changed_constant(self, base: Checkpoint) -> str:
+        """An adapter has no buffers."""
+        return ""
 
     def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
         """Fill ``out`` with the adapter's delta of entries ``first …`` of the base's parameter ``name``."""
@@ -100,64 +137,97 @@ class Adapter:
 
 
 @contextmanager
-def open_adapter(path: Path, base: Checkpoint) -> Iterator[Adapter]:
+def open_adapter(path: Path, base: Checkpoint, backbone: Backbone) -> Iterator[Adapter]:
     """Open an adapter folder and match it to the base; raises `CheckpointError` for what is not exactly computable."""
-    config = _read_config(path / CONFIG)
-    with open_checkpoint(path, WEIGHTS) as checkpoint:
-        yield _match(path, config, checkpoint, base)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
+    file = path / CONFIG
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{file}: {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are allowed")
+    with open_checkpoint(path, WEIGHTS) as checkpoint:
+        try:
+            found = match_adapter(parse_config(file.read_bytes()), backbone, base.parameters, checkpoint.parameters)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        low_rank = {name: _read(checkpoint, pair) for name, pair in found.pairs.items()}
+        names = {n: n for n in (*backbone.parameters, *backbone.heads, *found.pairs, *found.saved)}
+        yield Adapter(path, names, low_rank, found.saved, checkpoint, base, found.heads)
+
+
+def _read(checkpoint: Checkpoint, pair: Pair) -> LowRank:
+    def matrix(name: str) -> Array:
+        spec = checkpoint.parameters[name]
+        values = np.empty(spec.entries)
+        checkpoint.read(name, 0, values)
+        return values.reshape(spec.shape)
+
+    magnitude = None if pair.magnitude is None else matrix(pair.magnitude).reshape(-1)
+    return LowRank(matrix(pair.up) * pair.scale, matrix(pair.down), magnitude, pair.is_transposed)
+
+
+def parse_config(text: bytes) -> dict[str, Any]:
+    """The content of ``adapter_config.json``; raises `CheckpointError` for options that cannot be fused exactly."""
     try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from None
+        config = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{CONFIG}: not JSON: {str(error)[:80]}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: an object is needed")
+        raise CheckpointError(f"{CONFIG}: an object is needed, got {config!r:.60}")
     for option, value in config.items():
         if option in ALLOWED:
-            if value not in ALLOWED[option]:
+            if not any(value is v or (type(value) is type(v) and value == v) for v in ALLOWED[option]):
                 words = ", ".join(map(repr, ALLOWED[option]))
-                raise CheckpointError(f"{file}: {option} {value!r:.60} cannot be fused exactly, allowed are {words}")
+                raise CheckpointError(f"{CONFIG}: {option} {value!r:.60} cannot be fused exactly, allowed are {words}")
         elif value and option not in HARMLESS:
-            raise CheckpointError(f"{file}: {option} {value!r:.60} cannot be fused exactly: merge it with peft first")
+            raise CheckpointError(
+                f"{CONFIG}: {option:.60} {value!r:.60} cannot be fused exactly: merge it with peft first"
+            )
     return config
 
 
-def _match(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint, base: Checkpoint) -> Adapter:
+def match_adapter(
+    config: Mapping[str, Any], backbone: Backbone, base: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> AdapterMatch:
+    """Find the base's parameters that an adapter changes, from its configuration and header alone.
+
+    Module names are found by the backbone's rule: under one prefix, what lies outside is a head. Raises
+    `CheckpointError` naming the tensor that does not fit.
+    """
     modules: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
-    dropped: list[str] = []
-    finder = _Finder(base, checkpoint)
-    for name in checkpoint.parameters:
+    heads: list[str] = []
+    for name in tensors:
         module, kind = _split(name)
         if kind:
             modules.setdefault(module, {})[kind] = name
-            continue
-        target = finder.find(module)
+    whole = {name: _split(name)[0] for name in tensors if not _split(name)[1]}
+    prefix = prefix_of(backbone, [*(f"{m}.weight" for m in modules), *whole.values()])
+    for name, own in whole.items():
+        target = find_in_base(backbone, prefix, own)
         if target is None:
-            dropped.append(name)
+            if not is_head(backbone, prefix, own):
+                raise CheckpointError(f"{name}: the base has no {own}")
+            heads.append(name)
         else:
+            _check_shape(name, tensors[name].shape, base[target].shape)
+            _check_float(tensors[name])
             saved[target] = name
-            _check_shape(path, name, checkpoint.parameters[name].shape, base.parameters[target].shape)
-    low_rank: dict[str, LowRank] = {}
+    pairs: dict[str, Pair] = {}
     for module, found in modules.items():
-        target = finder.find(f"{module}.weight")
-        if target is None and finder.is_head(module):
-            dropped += found.values()
-        elif target is None:
-            raise CheckpointError(f"{path / WEIGHTS}: {next(iter(found.values()))}: the base has no {module}.weight")
+        target = find_in_base(backbone, prefix, f"{module}.weight")
+        if target is not None:
+            pairs[target] = _pair(config, module, found, tensors, base[target].shape)
+        elif is_head(backbone, prefix, f"{module}.weight"):
+            heads += found.values()
         else:
-            low_rank[target] = _read_low_rank(path, config, checkpoint, module, found, base.parameters[target].shape)
-    for name, first in align.tied_names(base).items():  # an older base that stores a tied parameter twice
-        if first in low_rank and name not in saved:
-            low_rank.setdefault(name, low_rank[first])
-        if first in saved and name not in low_rank:
-            saved.setdefault(name, saved[first])
-    names = {n: n for n, p in base.parameters.items() if p.is_float and not align.is_task_head(n, finder.prefix)}
-    return Adapter(path, names, low_rank, saved, checkpoint, base, tuple(sorted(dropped)))
+            raise CheckpointError(f"{next(iter(found.values()))}: the base has no {module}.weight")
+    for alias, name in backbone.ties:  # a base that stores a tied parameter twice changes in both places
+        again, first = name_in_base(backbone, alias), name_in_base(backbone, name)
+        if again in base and first in pairs:
+            pairs.setdefault(again, pairs[first])
+        if again in base and first in saved:
+            saved.setdefault(again, saved[first])
+    if not pairs and not saved:
+        raise CheckpointError(f"{WEIGHTS}: adapts nothing of the backbone")
+    return AdapterMatch(pairs, saved, tuple(sorted(heads)))
 
 
 KINDS = re.compile(r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
@@ -172,77 +242,65 @@ def _split(name: str) -> tuple[str, str]:
     return own.replace(".modules_to_save.default", "").replace(".base_layer", ""), ""
 
 
-class _Finder:
-    """The base's name of a module that the adapter names under the model it was trained on."""
-
-    def __init__(self, base: Checkpoint, checkpoint: Checkpoint) -> None:
-        self.base, self.prefix = base, align.trunk_prefix(base.parameters)
-        names = [_split(n)[0] + ".x" for n in checkpoint.parameters]
-        self.theirs = align.trunk_prefix(names)
-
-    def find(self, name: str) -> str | None:
-        stripped = name.removeprefix(self.theirs) if self.theirs else name
-        for candidate in (name, self.prefix + stripped):
-            if candidate in self.base.parameters and not align.is_task_head(candidate, self.prefix):
-                return candidate
-        return None
-
-    def is_head(self, module: str) -> bool:
-        return module.split(".")[0] in align.TASK_HEADS | align.PRETRAINING_HEADS
-
-
-def _read_low_rank(
-    path: Path,
+def _pair(
     config: Mapping[str, Any],
-    checkpoint: Checkpoint,
     module: str,
     found: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
     shape: tuple[int, ...],
-) -> LowRank:
-    def read(kind: str) -> Array:
-        if kind not in found:
-            raise CheckpointError(f"{path / WEIGHTS}: {module}: {kind} is missing")
-        spec = checkpoint.parameters[found[kind]]
-        values = np.empty(spec.entries)
-        checkpoint.read(spec.name, 0, values)
-        return values.reshape(spec.shape)
-
+) -> Pair:
     is_embedding = "lora_embedding_A" in found
     infix = "embedding_" if is_embedding else ""
-    down, up = read(f"lora_{infix}A"), read(f"lora_{infix}B")
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
-        raise CheckpointError(f"{path / WEIGHTS}: {module}: A {down.shape} and B {up.shape} are no low-rank pair")
-    scale = _scale(path, config, module, down.shape[0])
+    for kind in (f"lora_{infix}A", f"lora_{infix}B"):
+        if kind not in found:
+            raise CheckpointError(f"{module}: {kind} is missing")
+    down, up = tensors[found[f"lora_{infix}A"]], tensors[found[f"lora_{infix}B"]]
+    if len(down.shape) != 2 or len(up.shape) != 2 or up.shape[1] != down.shape[0]:
+        raise CheckpointError(f"{module}: A {down.shape} and B {up.shape} are no low-rank pair")
     # peft keeps an embedding's delta as (B A)ᵀ, and Conv1D weights as (in, out).
     is_transposed = is_embedding or bool(config.get("fan_in_fan_out"))
     product = (up.shape[0], down.shape[1])
-    _check_shape(path, module, product[::-1] if is_transposed else product, shape)
+    _check_shape(module, product[::-1] if is_transposed else product, shape)
+    if down.shape[0] > min(shape):
+        raise CheckpointError(f"{module}: rank {down.shape[0]} of a matrix {list(shape)}: merge it with peft first")
     magnitude = None
     if config.get("use_dora"):
         if is_transposed:
-            raise CheckpointError(f"{path}: {module}: DoRA on embeddings or Conv1D: merge it with peft first")
-        magnitude = read("lora_magnitude_vector").reshape(-1)
-    return LowRank(up * scale, down, magnitude, is_transposed)
+            raise CheckpointError(f"{module}: DoRA on embeddings or Conv1D: merge it with peft first")
+        if (magnitude := found.get("lora_magnitude_vector")) is None:
+            raise CheckpointError(f"{module}: lora_magnitude_vector is missing")
+        if tensors[magnitude].entries != shape[0]:
+            raise CheckpointError(f"{magnitude}: {tensors[magnitude].entries} entries, the base has {shape[0]} rows")
+    for name in found.values():
+        _check_float(tensors[name])
+    return Pair(down.name, up.name, magnitude, _scale(config, module, down.shape[0]), is_transposed)
 
 
-def _check_shape(path: Path, name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
+def _check_shape(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
     if theirs != ours:
-        raise CheckpointError(f"{path / WEIGHTS}: {name}: shape {list(theirs)}, the base has {list(ours)}")
+        raise CheckpointError(f"{name}: shape {list(theirs)}, the base has {list(ours)}")
 
 
-def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+def _check_float(tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(f"{tensor.name}: dtype {tensor.dtype}, a float dtype is needed")
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """α / r or α / √r, with the patterns by module that peft allows."""
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     stated = _pattern(config.get("rank_pattern"), module, config.get("r"))
     if stated != rank:
-        raise CheckpointError(f"{path / CONFIG}: {module}: r is {stated!r:.40}, its matrices have {rank}")
+        raise CheckpointError(f"{CONFIG}: {module}: r is {stated!r:.40}, its matrices have {rank}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path / CONFIG}: {module}: lora_alpha must be a number, got {alpha!r:.40}")
+        raise CheckpointError(f"{CONFIG}: {module}: lora_alpha must be a number, got {alpha!r:.40}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: Any, module: str, default: Any) -> Any:
     """The first pattern that a module's name ends with, as peft reads them: plain names, never a stranger's regex."""
+    if not isinstance(patterns or {}, dict):
+        raise CheckpointError(f"{CONFIG}: patterns must be an object, got {patterns!r:.60}")
     for pattern, value in (patterns or {}).items():
         if not re.fullmatch(r"[\w.]+", pattern):
             raise CheckpointError(f"{CONFIG}: pattern {pattern!r:.60}: only plain module names can be fused")

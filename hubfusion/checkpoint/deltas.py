@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hubfusion.checkpoint import adapters, align
-from hubfusion.checkpoint.reader import Array, Checkpoint, Parameter, open_checkpoint
+from hubfusion.checkpoint import adapters
+from hubfusion.checkpoint.backbone import Backbone, Match, match, read_backbone
+from hubfusion.checkpoint.reader import FLOATS, Array, Checkpoint, Parameter, open_checkpoint
+from hubfusion.checkpoint.writer import encode
 from hubfusion.errors import CheckpointError
 from hubfusion.parallel import suited
 
@@ -79,6 +81,15 @@ class Source(Protocol):
     def is_wide(self) -> bool:
         """Whether float32 would lose some of its precision."""
 
+    def dtype_of(self, name: str) -> str:
+        """The safetensors dtype in which this input stores the base's parameter ``name``."""
+
+    def own_name(self, name: str) -> str:
+        """What this input calls the base's parameter ``name``, for errors."""
+
+    def changed_constant(self, base: Checkpoint) -> str:
+        """The first buffer whose value is not the base's, "" when there is none."""
+
     def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
         """Fill ``out`` with this input minus ``base``, from entry ``first`` of the base's parameter ``name``."""
 
@@ -88,7 +99,7 @@ class Finetuned:
     """A whole finetuned checkpoint as a `Source`."""
 
     checkpoint: Checkpoint
-    match: align.Match
+    match: Match
 
     @property
     def path(self) -> Path:
@@ -102,13 +113,28 @@ class Finetuned:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """The heads and buffers that the base does not have."""
-        return self.match.dropped
+        """Its own head, and constants that the base does not store."""
+        return self.match.heads
 
     @property
     def is_wide(self) -> bool:
         """Whether any fused parameter is float64."""
         return any(self.checkpoint.parameters[n].dtype == "F64" for n in self.match.names.values())
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of its own tensor."""
+        return self.checkpoint.parameters[self.match.names[name]].dtype
+
+    def own_name(self, name: str) -> str:
+        """Its own name of a parameter."""
+        return self.match.names[name]
+
+    def changed_constant(self, base: Checkpoint) -> str:
+        """The first constant whose value is not the base's (rounded to the finetune's dtype), "" when there is none."""
+        for ours, theirs in self.match.constants.items():
+            if not _is_same_constant(base, ours, self.checkpoint, theirs):
+                return theirs
+        return ""
 
     def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
         """Read the finetuned entries and subtract the base's."""
@@ -121,6 +147,7 @@ class Models:
     """A base and its inputs, open and matched; ``fused`` are the base's parameters that every input has."""
 
     base: Checkpoint
+    backbone: Backbone
     sources: tuple[Source, ...]
     fused: tuple[str, ...]
     dtype: type[np.floating[Any]]
@@ -243,26 +270,51 @@ def open_models(base: Path, inputs: Sequence[Path | Checkpoint | Source]) -> Ite
     if not inputs:
         raise CheckpointError(f"{base}: at least one finetune is needed, got none")
     with ExitStack() as stack:
-        trunk = stack.enter_context(open_checkpoint(base))
-        tied = align.tied_names(trunk)
-        sources = tuple(stack.enter_context(open_source(p, trunk, tied)) for p in inputs)
+        ours = stack.enter_context(open_checkpoint(base))
+        backbone = read_backbone(base, ours)
+        sources = tuple(stack.enter_context(open_source(p, ours, backbone)) for p in inputs)
+        for source in sources:
+            if changed := source.changed_constant(ours):
+                raise CheckpointError(
+                    f"{source.path}: {changed}: buffer differs from the base's; buffers must be equal or absent"
+                )
         fused = set.intersection(*(set(s.names) for s in sources))
         if not fused:
             raise CheckpointError(f"{base}: no float parameter is shared by all of {len(sources)} inputs")
-        wide = any(trunk.parameters[n].dtype == "F64" for n in fused) or any(s.is_wide for s in sources)
-        yield Models(trunk, sources, tuple(sorted(fused)), np.float64 if wide else np.float32)
+        wide = any(ours.parameters[n].dtype == "F64" for n in fused) or any(s.is_wide for s in sources)
+        yield Models(ours, backbone, sources, tuple(sorted(fused)), np.float64 if wide else np.float32)
 
 
 @contextmanager
-def open_source(given: Path | Checkpoint | Source, base: Checkpoint, tied: Mapping[str, str]) -> Iterator[Source]:
-    """Open one input and match it to the base; ``tied`` are the base's `hubfusion.checkpoint.align.tied_names`."""
+def open_source(given: Path | Checkpoint | Source, base: Checkpoint, backbone: Backbone) -> Iterator[Source]:
+    """Open one input and match it to the base; raises `CheckpointError` naming its folder or file."""
     if isinstance(given, Checkpoint):
-        yield Finetuned(given, align.match(base, given, tied))
+        yield _matched(given, base, backbone)
     elif not isinstance(given, Path):
         yield given
     elif (given / adapters.CONFIG).is_file():
-        with adapters.open_adapter(given, base) as adapter:
+        with adapters.open_adapter(given, base, backbone) as adapter:
             yield adapter
     else:
         with open_checkpoint(given) as checkpoint:
-            yield Finetuned(checkpoint, align.match(base, checkpoint, tied))
+            yield _matched(checkpoint, base, backbone)
+
+
+def _matched(checkpoint: Checkpoint, base: Checkpoint, backbone: Backbone) -> Finetuned:
+    try:
+        return Finetuned(checkpoint, match(backbone, base.parameters, checkpoint.parameters))
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+
+
+def _is_same_constant(base: Checkpoint, ours: str, checkpoint: Checkpoint, theirs: str) -> bool:
+    one, other = base.parameters[ours], checkpoint.parameters[theirs]
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype:
+        return base.read_bytes(ours) == checkpoint.read_bytes(theirs)
+    if one.dtype not in FLOATS or other.dtype not in FLOATS:
+        return False
+    values = np.empty(one.entries)
+    base.read(ours, 0, values)
+    return encode(values, other.dtype).tobytes() == checkpoint.read_bytes(theirs)

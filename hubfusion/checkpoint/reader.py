@@ -159,3 +159,8 @@ def _read_specs(file: Path, descriptor: int) -> list[Parameter]:
     prefix = os.pread(descriptor, header_bytes(os.pread(descriptor, 8, 0), size, str(file)), 0)
     header = parse_header(prefix, size, str(file))
     return [Parameter(s.name, s.dtype, s.shape, file, s.start) for s in header.tensors.values()]
+
+
+def decode(raw: Array, dtype: str) -> Array:
+    """Values of a safetensors dtype as numpy has them: bfloat16 comes as its bits in uint16 and becomes float32."""
+    return (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hubfusion.checkpoint.headers import ITEM_BYTES
-from hubfusion.checkpoint.reader import INDEX, NUMPY_NAMES, SINGLE, WEIGHTS_NAME, Array, Parameter
+from hubfusion.checkpoint.reader import INDEX, NUMPY_NAMES, SINGLE, WEIGHTS_NAME, Array, Parameter, decode
 from hubfusion.errors import CheckpointError
 
 MAX_SHARD_BYTES = 50 * 10**9
@@ -85,7 +85,7 @@ class Writing:
         spec = self.parameters[name]
         raw = encode(values, spec.dtype)
         if not _is_finite(raw, spec.dtype):
-            bad = int(np.flatnonzero(~np.isfinite(_decode(raw, spec.dtype)))[0])
+            bad = int(np.flatnonzero(~np.isfinite(decode(raw, spec.dtype)))[0])
             raise CheckpointError(
                 f"{self.folder / spec.file.name}: {name}: entry {first + bad} would be {float(values[bad])} in "
                 f"{spec.dtype}; only finite values are written"
@@ -124,10 +124,6 @@ def encode(values: Array, dtype: str) -> Array:
     bits >>= 16
     bits[is_nan] = 0x7FC0
     return bits.astype(np.uint16)
-
-
-def _decode(raw: Array, dtype: str) -> Array:
-    return (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
 
 
 def _is_finite(raw: Array, dtype: str) -> bool:

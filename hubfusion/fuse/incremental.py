@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hubfusion.checkpoint import Array, Checkpoint, Writing, align, write_checkpoint
+from hubfusion.checkpoint import Array, Checkpoint, Writing, write_checkpoint
 from hubfusion.checkpoint.deltas import (
     ROW_ENTRIES,
     Models,
@@ -67,6 +67,15 @@ class _Added:
     @property
     def names(self) -> Mapping[str, str]:
         return {name: name for name in self.checkpoint.parameters}
+
+    def dtype_of(self, name: str) -> str:
+        return self.checkpoint.parameters[name].dtype
+
+    def own_name(self, name: str) -> str:
+        return name
+
+    def changed_constant(self, base: Checkpoint) -> str:
+        return ""
 
     def read_delta(self, name: str, first: int, base: Array, out: Array) -> None:
         self.checkpoint.read(name, first, out)
@@ -143,10 +152,11 @@ class _Folding:
 
     def add_all(self, batches: Iterator[Sequence[Path]]) -> None:
         """Add every input when it comes, in canonical order."""
-        tied = align.tied_names(self.models.base)
         for folders in batches:
             with ExitStack() as stack:
-                sources = tuple(stack.enter_context(open_source(f, self.models.base, tied)) for f in folders)
+                sources = tuple(
+                    stack.enter_context(open_source(f, self.models.base, self.models.backbone)) for f in folders
+                )
                 for source, known in zip(sources, self.models.sources[len(self.norms) :], strict=False):
                     _check_kept_promise(source, known)
                 self.norms.extend(self.add(replace(self.models, sources=sources), len(self.norms)))

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hubfusion.checkpoint import Checkpoint
-from hubfusion.checkpoint.layout import Tensor, is_parameter
+from hubfusion.checkpoint.backbone import Backbone
+from hubfusion.checkpoint.deltas import Source
 from hubfusion.screen.sketch import SIZE
 from hubfusion.screen.task_vectors import Floats, TaskVector
 
@@ -38,6 +39,7 @@ class Ancestry:
 class _Rows:
     """Sampled rows of the word embeddings: of the base, to project along, and of every version (V, K, width)."""
 
+    base: Checkpoint
     name: str
     numbers: NDArray[np.int64]
     unit: Floats
@@ -47,14 +49,14 @@ class _Rows:
 
 def find_ancestry(
     base: Checkpoint,
-    encoder: Mapping[str, Tensor],
+    backbone: Backbone,
     vectors: Sequence[TaskVector],
     earlier: Mapping[str, TaskVector],
     tag: str,
     seed: int,
 ) -> list[Ancestry]:
     """The nearest of the base ``tag`` and the ``earlier`` versions, for each of ``vectors`` (measured already)."""
-    rows = _sample(base, encoder, earlier, tag, seed) if earlier else None
+    rows = _sample(base, backbone, earlier, tag, seed) if earlier else None
     found = []
     for vector in vectors:
         distances = _distances(vector, earlier, tag)
@@ -90,32 +92,36 @@ def _by_distance(
 
 
 def _sample(
-    base: Checkpoint, encoder: Mapping[str, Tensor], earlier: Mapping[str, TaskVector], tag: str, seed: int
+    base: Checkpoint, backbone: Backbone, earlier: Mapping[str, TaskVector], tag: str, seed: int
 ) -> _Rows | None:
-    """Rows of the largest embedding, drawn by ``seed``; None for a model without one."""
-    tables = [n for n, t in encoder.items() if is_parameter(t) and len(t.shape) == 2 and ("embed" in n or "wte" in n)]
+    """Rows of the tallest matrix, which is the word embedding, drawn by ``seed``; None for a model without one."""
+    tables = [n for n in backbone.parameters if len(base.parameters[n].shape) == 2]
     if not tables:
         return None
-    name = max(tables, key=lambda n: encoder[n].shape[0])
-    count = encoder[name].shape[0]
+    name = max(tables, key=lambda n: base.parameters[n].shape[0])
+    count = base.parameters[name].shape[0]
     numbers = np.sort(np.random.default_rng(seed).choice(count, min(count, ROWS), replace=False))
-    width = encoder[name].shape[1]
-    own = _read(base, encoder[name].name, numbers, width)
+    width = base.parameters[name].shape[1]
+    own = _read(base, None, name, numbers, width)
     unit = own / np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-30)
-    older = [_read(v.checkpoint, v.layout.names[name], numbers, width) for v in earlier.values()]
-    return _Rows(name, numbers, unit, np.stack([own, *older]), (tag, *earlier))
+    older = [_read(base, v.source, name, numbers, width) for v in earlier.values()]
+    return _Rows(base, name, numbers, unit, np.stack([own, *older]), (tag, *earlier))
 
 
-def _read(checkpoint: Checkpoint, name: str, numbers: NDArray[np.int64], width: int) -> Floats:
-    found = np.empty((len(numbers), width), np.float32)
-    for row, number in zip(found, numbers, strict=True):
-        checkpoint.read(name, int(number) * width, row)
-    return found
+def _read(base: Checkpoint, source: Source | None, name: str, numbers: NDArray[np.int64], width: int) -> Floats:
+    """Rows of the base, or of one of its finetunes (K, width)."""
+    rows, delta = np.empty((len(numbers), width), np.float32), np.empty(width, np.float32)
+    for row, number in zip(rows, numbers, strict=True):
+        base.read(name, int(number) * width, row)
+        if source is not None:
+            source.read_delta(name, int(number) * width, row, delta)
+            row += delta
+    return rows
 
 
 def _vote(rows: _Rows, vector: TaskVector) -> dict[str, int]:
     """How many rows are, across themselves, equal to one version's and to no other's."""
-    own = _read(vector.checkpoint, vector.layout.names[rows.name], rows.numbers, rows.unit.shape[1])
+    own = _read(rows.base, vector.source, rows.name, rows.numbers, rows.unit.shape[1])
     gaps = own[None] - rows.versions
     gaps -= (gaps * rows.unit).sum(axis=2, keepdims=True) * rows.unit
     far = np.linalg.norm(gaps, axis=2)

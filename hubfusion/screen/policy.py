@@ -20,7 +20,7 @@ class Policy:
     opt_out_tags: tuple[str, ...] = ("cold-fusion-opt-out", "no-merge")
     check_dataset_licenses: bool = False
     require_declared_base: bool = True
-    any_float_dtype: bool = False
+    any_float_dtype: bool = True
     max_files: int = 500
     max_file_bytes: int = 20 << 30
     max_shards: int = 64

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hubfusion.checkpoint import headers
+from hubfusion.checkpoint import INDEX, SINGLE, adapters, headers
+from hubfusion.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
+from hubfusion.checkpoint.adapters import WEIGHTS as ADAPTER
+from hubfusion.checkpoint.backbone import CONFIG
 from hubfusion.checkpoint.headers import Header, TensorSpec
 from hubfusion.errors import CheckpointError
 from hubfusion.hub import Hub
 from hubfusion.lineage import Reason, RemoteFile, Revision
 from hubfusion.screen.policy import Policy
-
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
 class Refused(Exception):
@@ -37,25 +38,31 @@ def refuse(reason: Reason, detail: str) -> NoReturn:
 
 
 @dataclass(frozen=True, slots=True)
-class Peek:
-    """``files`` are those that hold the weights (shards and their index), ``tensors`` all of theirs by name."""
+class RemoteTensors:
+    """``files`` are those that hold the weights, ``tensors`` all of theirs by name.
+
+    Files are shards and their index; of an adapter its weights and its configuration, which is ``adapter``, parsed.
+    """
 
     files: tuple[RemoteFile, ...]
     tensors: Mapping[str, TensorSpec]
+    adapter: Mapping[str, Any] | None = None
 
 
 def find_weights(files: Mapping[str, RemoteFile]) -> RemoteFile:
-    """The file that the weights start from, the single one or the index; refuses both, neither and adapters."""
+    """The file that the weights start from: the single one, the index, or the adapter's; refuses several and none."""
+    if ADAPTER in files and ADAPTER_CONFIG in files and SINGLE not in files and INDEX not in files:
+        return files[ADAPTER]
     if SINGLE in files and INDEX in files:
         refuse(Reason.BAD_FILES, f"{SINGLE} and {INDEX} are both there: readers disagree on which one counts")
     if SINGLE not in files and INDEX not in files:
         others = sorted(n for n in files if n.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")))
-        adapter = "adapter_model.safetensors" in files
-        found = "only an adapter, merge it into the model" if adapter else f"only {others[0]}" if others else "none"
-        what = f"weights must be {SINGLE} or {INDEX} with shards, found {found}"
+        adapter = f"{ADAPTER} without {ADAPTER_CONFIG}" if ADAPTER in files else ""
+        found = adapter or (f"only {others[0]}" if others else "none")
+        what = f"weights must be {SINGLE}, {INDEX} with shards, or {ADAPTER} with {ADAPTER_CONFIG}, found {found}"
         refuse(Reason.NO_SAFETENSORS, f"{what}; save with safe_serialization=True")
-    if "adapter_config.json" in files:
-        refuse(Reason.BAD_FILES, "adapter_config.json beside full weights: readers disagree on what the model is")
+    if ADAPTER_CONFIG in files:
+        refuse(Reason.BAD_FILES, f"{ADAPTER_CONFIG} beside full weights: readers disagree on what the model is")
     return files[SINGLE] if SINGLE in files else files[INDEX]
 
 
@@ -85,14 +92,16 @@ def read_config(hub: Hub, revision: Revision, files: Mapping[str, RemoteFile], p
 
 def read_tensors(
     hub: Hub, revision: Revision, files: Mapping[str, RemoteFile], policy: Policy, guess: int = 16 << 10
-) -> Peek:
+) -> RemoteTensors:
     """Read the headers of the checkpoint at ``revision``; together they may take ``policy.max_header_bytes``.
 
     ``files`` are those of the root by name, ``guess`` is the expected length of all headers in bytes.
     """
     first, budget = find_weights(files), policy.max_header_bytes
+    if first.path == ADAPTER:
+        return _read_adapter(hub, revision, files, policy)
     if first.path == SINGLE:
-        return Peek((first,), _read_header(hub, revision, first, policy, budget, guess)[0].tensors)
+        return RemoteTensors((first,), _read_header(hub, revision, first, policy, budget, guess)[0].tensors)
     _check_size(first, budget // 2)
     text = hub.read(revision, INDEX, stop=max(1, first.size))
     try:
@@ -112,7 +121,19 @@ def read_tensors(
             kind = "lacks" if wrong[0] in promised else "holds, unknown to the index,"
             refuse(Reason.BAD_INDEX, f"{shard} {kind} {wrong[0][:80]}")
         tensors.update(header.tensors)
-    return Peek((first, *(files[shard] for shard in shards)), tensors)
+    return RemoteTensors((first, *(files[shard] for shard in shards)), tensors)
+
+
+def _read_adapter(hub: Hub, revision: Revision, files: Mapping[str, RemoteFile], policy: Policy) -> RemoteTensors:
+    weights, stated = files[ADAPTER], files[ADAPTER_CONFIG]
+    _check_size(stated, policy.max_config_bytes)
+    try:
+        adapter = adapters.parse_config(hub.read(revision, ADAPTER_CONFIG, stop=max(1, stated.size)))
+    except CheckpointError as error:
+        refuse(Reason.ADAPTER, str(error))
+    budget = policy.max_header_bytes
+    tensors = _read_header(hub, revision, weights, policy, budget, min(budget, 32 << 10))[0].tensors
+    return RemoteTensors((stated, weights), tensors, adapter)
 
 
 def _read_header(

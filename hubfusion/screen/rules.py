@@ -14,14 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hubfusion.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
+from hubfusion.checkpoint.adapters import match_adapter
+from hubfusion.checkpoint.backbone import CONFIG, MAX_BYTES, Backbone, declare, match, parse_backbone
+from hubfusion.checkpoint.backbone import FILE as BACKBONE
 from hubfusion.checkpoint.headers import MAX_HEADER_BYTES, TensorSpec
-from hubfusion.checkpoint.layout import match
 from hubfusion.errors import CheckpointError, NotFound
 from hubfusion.hub import Hub, Kind
 from hubfusion.hub.cards import MAX_CARD_BYTES, front_matter, read_card
 from hubfusion.lineage import COMMIT_SHA, REPO_ID, Contribution, Finetune, Reason, Rejected, RemoteFile, Revision
 from hubfusion.screen.policy import Policy
-from hubfusion.screen.remote import CONFIG, Refused, find_weights, read_config, read_tensors, refuse, short
+from hubfusion.screen.remote import Refused, RemoteTensors, find_weights, read_config, read_tensors, refuse, short
 
 PERMISSIVE = (
     "0bsd", "afl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
@@ -44,7 +47,7 @@ ZERO_WIDTH_OR_CONTROL = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base that finetunes are measured by: its tensors by name, from the headers, and its ``config.json``.
+    """The base that finetunes are measured by: tensors by name, from the headers, ``config.json`` and backbone.
 
     ``versions`` maps the commit sha of every release to its tag. Several shas may carry ``tag``: commits on which the
     weights are those of the release, too.
@@ -54,6 +57,7 @@ class Base:
     tag: str
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
+    backbone: Backbone
     license: str
     versions: Mapping[str, str]
 
@@ -68,10 +72,15 @@ def read_base(hub: Hub, revision: Revision, tag: str, versions: Mapping[str, str
     try:
         config = read_config(hub, revision, files, generous)
         tensors = read_tensors(hub, revision, files, generous).tensors
+        if BACKBONE in files:
+            text = hub.read(revision, BACKBONE, stop=MAX_BYTES)
+            backbone = parse_backbone(text, f"{revision} {BACKBONE}", tensors)
+        else:
+            backbone = declare(config, tensors)
     except Refused as refused:
         raise CheckpointError(f"base {revision}: {refused}") from None
     stated = read_card(hub, revision).get("license")
-    return Base(revision, tag, tensors, config, stated if isinstance(stated, str) else "", dict(versions))
+    return Base(revision, tag, tensors, config, backbone, stated if isinstance(stated, str) else "", dict(versions))
 
 
 def screen(hub: Hub, finetune: Finetune, base: Base, policy: Policy) -> Contribution | Rejected:
@@ -90,10 +99,12 @@ def screen(hub: Hub, finetune: Finetune, base: Base, policy: Policy) -> Contribu
         find_weights(files)
         if policy.check_dataset_licenses:
             _check_dataset_licenses(hub, datasets, base, policy)
-        _check_config(read_config(hub, revision, files, policy), base)
+        if CONFIG in files or ADAPTER_CONFIG not in files:  # peft pushes an adapter without the model's config
+            _check_config(read_config(hub, revision, files, policy), base)
         weights = read_tensors(hub, revision, files, policy, guess=4096 + 130 * len(base.tensors))
-        _check_tensors(weights.tensors, base, policy)
-        for path, word in hub.flagged(revision, [CONFIG, *(f.path for f in weights.files)]).items():
+        _check_tensors(weights, base, policy)
+        read = [*(path for path in [CONFIG] if path in files), *(f.path for f in weights.files)]
+        for path, word in hub.flagged(revision, read).items():
             refuse(Reason.FLAGGED, f"{path}: the Hub's scanners call it {word}")
     except Refused as refused:
         return Rejected(revision, finetune.author, refused.reason, str(refused))
@@ -277,13 +288,23 @@ def _check_config(config: Mapping[str, Any], base: Base) -> None:
     if "quantization_config" in config:
         refuse(Reason.ARCHITECTURE, f"{CONFIG}: quantized weights cannot be averaged; push them unquantized")
     for key in SAME_CONFIG:
-        if key in base.config and (key in config or key == "model_type") and config.get(key) != base.config[key]:
-            ours, theirs = short(base.config[key]), short(config.get(key))
+        if key in base.config and key in config and config[key] != base.config[key]:
+            ours, theirs = short(base.config[key]), short(config[key])
             refuse(Reason.ARCHITECTURE, f"{CONFIG}: {key} is {theirs}, the base has {ours}")
 
 
-def _check_tensors(tensors: Mapping[str, TensorSpec], base: Base, policy: Policy) -> None:
+def _check_tensors(weights: RemoteTensors, base: Base, policy: Policy) -> None:
     try:
-        match(base.tensors, tensors, any_float=policy.any_float_dtype)
+        if weights.adapter is not None:
+            match_adapter(weights.adapter, base.backbone, base.tensors, weights.tensors)
+        else:
+            found = match(base.backbone, base.tensors, weights.tensors, any_float=policy.any_float_dtype)
+            size, extra = (
+                sum(weights.tensors[n].entries for n in names) for names in (found.names.values(), found.heads)
+            )
+            if extra > size:
+                refuse(
+                    Reason.ARCHITECTURE, f"heads of {extra} entries beside a backbone of {size}: more head than model"
+                )
     except CheckpointError as error:
         refuse(Reason.ARCHITECTURE, f"{error}; finetune {base.revision.repo} {base.tag} itself")

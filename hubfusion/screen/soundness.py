@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hubfusion.checkpoint import INDEX, SINGLE, open_checkpoint
-from hubfusion.checkpoint.layout import encoder_of, match
+from hubfusion.checkpoint.backbone import read_backbone
+from hubfusion.checkpoint.deltas import open_source
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
 from hubfusion.screen.ancestry import Ancestry, find_ancestry
@@ -120,28 +121,26 @@ def examine(
     objections: dict[int, tuple[Reason, str]] = {}
     with ExitStack() as stack:
         ours = stack.enter_context(open_checkpoint(base))
-        encoder = encoder_of(ours.parameters)
+        backbone = read_backbone(base, ours)
         for number, (_, folder) in enumerate(contributions):
             try:
                 _check_folder(folder)
-                checkpoint = stack.enter_context(open_checkpoint(folder))
-                vectors[number] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters, any_float=True))
+                vectors[number] = TaskVector(stack.enter_context(open_source(folder, ours, backbone)))
             except CheckpointError as error:
                 objections[number] = (Reason.CORRUPT, f"not what was screened: {error}")
         for name, folder in (versions or {}).items():
-            checkpoint = stack.enter_context(open_checkpoint(folder))
-            earlier[name] = TaskVector(checkpoint, match(ours.parameters, checkpoint.parameters))
-        size = measure(ours, encoder, [*vectors.values(), *earlier.values()], Signs(seed), on_entries)
+            earlier[name] = TaskVector(stack.enter_context(open_source(folder, ours, backbone)))
+        size = measure(ours, backbone, [*vectors.values(), *earlier.values()], Signs(seed), on_entries)
         whole = {n: v for n, v in vectors.items() if not v.bad}
-        origins = find_ancestry(ours, encoder, list(whole.values()), earlier, tag, seed)
+        origins = find_ancestry(ours, backbone, list(whole.values()), earlier, tag, seed)
     if broken := next(((n, v.bad) for n, v in earlier.items() if v.bad), None):
         raise CheckpointError(f"version {broken[0]}: {broken[1][1]}")
     objections |= {n: v.bad for n, v in vectors.items() if v.bad}
     measures = {
-        n: _describe(contributions[n][0], vector, size, kind_of(vector, encoder), origin)
+        n: _describe(contributions[n][0], vector, size, kind_of(vector, backbone), origin)
         for (n, vector), origin in zip(whole.items(), origins, strict=True)
     }
-    entries = entries_of(encoder)
+    entries = entries_of({n: ours.parameters[n] for n in backbone.parameters})
     for n, each in measures.items():
         if objection := _judge_one(each, entries, tag, bounds):
             objections[n] = objection
@@ -205,7 +204,7 @@ def _describe(contribution: Contribution, vector: TaskVector, size: float, kind:
 def _judge_one(each: Measure, entries: int, tag: str, bounds: Bounds) -> Objection:
     """What a single task vector shows by itself."""
     if each.norm == 0.0:
-        return Reason.UNCHANGED, f"encoder and embeddings equal {tag}: only a head was trained, or nothing"
+        return Reason.UNCHANGED, f"the backbone equals {tag}: only a head was trained, or nothing"
     if each.relative < bounds.unchanged:
         return Reason.UNCHANGED, f"‖τ‖ is {each.relative:.1e} of the base's norm: as good as unchanged"
     if each.nearest != tag:

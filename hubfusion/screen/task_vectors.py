@@ -1,7 +1,7 @@
-"""One streaming pass over a base and many checkpoints: what the law of honest updates is checked on.
+"""One streaming pass over a base and its finetunes: the statistics that the outlier checks use.
 
-For each checkpoint: ‖τ‖² by parameter, ⟨τ, θ⟩, the largest entry, the effective number of moved entries and a sketch
-of τ, where τ = checkpoint − base over the parameters of the base. A bounded chunk of each is in memory at a time.
+For each finetune: ‖τ‖² by parameter, ⟨τ, θ⟩, the largest entry, the effective number of moved entries and a sketch
+of τ, where τ = finetune − base over the backbone. A bounded chunk of each is in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hubfusion.checkpoint import Checkpoint
-from hubfusion.checkpoint.layout import Layout, Tensor, is_parameter
+from hubfusion.checkpoint import Checkpoint, Parameter, encode
+from hubfusion.checkpoint.backbone import Backbone
+from hubfusion.checkpoint.deltas import Source
+from hubfusion.checkpoint.reader import decode
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Reason
 from hubfusion.parallel import counter, spread, suited
@@ -29,10 +31,9 @@ LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block)\.(\d+)\.")
 
 @dataclass(slots=True)
 class TaskVector:
-    """What one pass gathers about one checkpoint; ``bad`` is why it was given up on the way."""
+    """What one pass gathers about one finetune; ``bad`` is why it was given up on the way."""
 
-    checkpoint: Checkpoint
-    layout: Layout
+    source: Source
     sketch: NDArray[np.float64] = field(default_factory=lambda: np.zeros(SIZE))
     squares: dict[str, float] = field(default_factory=dict)
     fourth: float = 0.0
@@ -51,32 +52,32 @@ class TaskVector:
         return math.fsum(self.squares.values()) ** 2 / self.fourth if self.fourth else 0.0
 
 
-def entries_of(encoder: Mapping[str, Tensor]) -> int:
+def entries_of(parameters: Mapping[str, Parameter]) -> int:
     """Entries of all parameters together."""
-    return sum(spec.entries for spec in encoder.values() if is_parameter(spec))
+    return sum(spec.entries for spec in parameters.values())
 
 
 def measure(
     base: Checkpoint,
-    encoder: Mapping[str, Tensor],
+    backbone: Backbone,
     vectors: Sequence[TaskVector],
     signs: Signs,
     on_entries: OnEntries | None = None,
     workers: int | None = None,
 ) -> float:
-    """Run over ``encoder`` (`encoder_of` the base) and fill ``vectors``; returns ‖θ‖² of the base.
+    """Run over the backbone and fill ``vectors``; returns ‖θ‖² of the base's backbone.
 
-    Sums are kept by chunk and added up in one order, whatever the number of workers. Raises `CheckpointError` when
+    The base's pretraining head may be fused as well: its deltas are read to see that they are finite, and not added
+    up. Sums are kept by chunk and added up in one order, whatever the number of workers. Raises `CheckpointError` when
     the base itself has a value that is not finite.
     """
-    for name, spec in encoder.items():
-        if not is_parameter(spec):
-            _compare_buffers(base, name, spec, vectors)
+    for vector in vectors:
+        _check_constants(base, vector)
     places = [
-        _Place(name, spec, first, min(CHUNK, spec.entries - first))
-        for name, spec in encoder.items()
-        if is_parameter(spec)
-        for first in range(0, spec.entries, CHUNK)
+        _Place(base.parameters[name], first, min(CHUNK, base.parameters[name].entries - first), is_head)
+        for names, is_head in ((backbone.parameters, False), (backbone.heads, True))
+        for name in names
+        for first in range(0, base.parameters[name].entries, CHUNK)
     ]
 
     def work() -> Callable[[int], _Found]:
@@ -88,9 +89,10 @@ def measure(
             for number, place in enumerate(places[first : first + TOGETHER]):
                 chunk = theta[: place.count]
                 base.read(place.spec.name, place.first, chunk)
-                found.sums[-1, number, 0] = np.dot(chunk, chunk)
+                if not place.is_head or not np.isfinite(chunk).all():
+                    found.sums[-1, number, 0] = np.dot(chunk, chunk)
                 for i, vector in enumerate(vectors):
-                    if bad[i] is None:
+                    if bad[i] is None and place.spec.name in vector.source.names:
                         into = tau[: place.count]
                         bad[i], found.sums[i, number] = _add(vector, place, chunk, into, signs, found.sketches[i])
             return found
@@ -99,7 +101,7 @@ def measure(
 
     sums = np.zeros((len(vectors) + 1, len(places) + TOGETHER, 4))
     sketches = np.zeros((len(vectors), SIZE))
-    total = entries_of(encoder)
+    total = sum(place.count for place in places)
     count = counter(total, on_entries)
     jobs = range(0, len(places), TOGETHER)
     for first, found in spread(jobs, work, suited(total * (len(vectors) + 1), workers)):
@@ -116,7 +118,7 @@ def measure(
         vector.sketch = sketches[i]
         for place, square in zip(places, sums[i, :, 0], strict=True):
             if square:
-                vector.squares[place.name] = vector.squares.get(place.name, 0.0) + float(square)
+                vector.squares[place.spec.name] = vector.squares.get(place.spec.name, 0.0) + float(square)
         vector.along, vector.fourth = math.fsum(sums[i, :, 1]), math.fsum(sums[i, :, 2])
         vector.largest = float(sums[i, :, 3].max(initial=0.0))
     return math.fsum(sums[-1, :, 0])
@@ -124,12 +126,12 @@ def measure(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """``count`` entries from ``first`` of one parameter."""
+    """``count`` entries from ``first`` of one parameter, of the backbone or of the base's pretraining head."""
 
-    name: str
-    spec: Tensor
+    spec: Parameter
     first: int
     count: int
+    is_head: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,43 +150,47 @@ def _add(
     nothing = (0.0, 0.0, 0.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         try:
-            vector.checkpoint.read(vector.layout.names[place.name], place.first, tau)
+            vector.source.read_delta(place.spec.name, place.first, theta, tau)
         except CheckpointError as error:
             return (Reason.CORRUPT, str(error)), nothing
-        np.subtract(tau, theta, out=tau)
         square = float(np.dot(tau, tau))
         if not math.isfinite(square):
             wrong = np.flatnonzero(~np.isfinite(tau))
             if len(wrong):
                 return _not_finite(vector, place, int(wrong[0]), float(tau[wrong[0]])), nothing
             square = float(np.square(tau, dtype=np.float64).sum())
-        if square == 0.0:
+        if square == 0.0 or place.is_head or _is_rounding(vector, place, theta, tau):
             return None, nothing
         along, largest = float(np.dot(tau, theta)), max(float(tau.max()), -float(tau.min()))
-        signs.add(sketch, place.name, place.first, tau)
+        signs.add(sketch, place.spec.name, place.first, tau)
         np.square(tau, out=tau)
         return None, (square, along, float(np.dot(tau, tau)), largest)
 
 
 def _not_finite(vector: TaskVector, place: _Place, entry: int, value: float) -> tuple[Reason, str]:
-    spec = vector.checkpoint.parameters[vector.layout.names[place.name]]
-    where = ", ".join(str(int(i)) for i in np.unravel_index(place.first + entry, spec.shape))
-    return Reason.NOT_FINITE, f"{spec.name}[{where}] is {value}; train again and check the loss"
+    name = vector.source.own_name(place.spec.name)
+    where = ", ".join(str(int(i)) for i in np.unravel_index(place.first + entry, place.spec.shape))
+    return Reason.NOT_FINITE, f"{name}[{where}] is {value}; train again and check the loss"
 
 
-def _compare_buffers(base: Checkpoint, name: str, spec: Tensor, vectors: Sequence[TaskVector]) -> None:
-    ours = base.read_bytes(spec.name)
-    for vector in vectors:
-        theirs = vector.layout.names.get(name)
-        if theirs and not vector.bad and vector.checkpoint.read_bytes(theirs) != ours:
-            vector.bad = (Reason.BUFFERS, f"buffer {theirs} differs from the base's; it is a constant")
+def _is_rounding(vector: TaskVector, place: _Place, theta: Floats, tau: Floats) -> bool:
+    """Whether a chunk of a finetune in half precision is just the base's, rounded: then nothing was trained there."""
+    dtype = vector.source.dtype_of(place.spec.name)
+    if dtype not in ("F16", "BF16"):
+        return False
+    return bool(np.array_equal(decode(encode(theta, dtype), dtype) - theta, tau))
 
 
-def kind_of(vector: TaskVector, encoder: Mapping[str, Tensor]) -> str:
-    """Which part of the encoder was trained, in words."""
+def _check_constants(base: Checkpoint, vector: TaskVector) -> None:
+    if changed := vector.source.changed_constant(base):
+        vector.bad = (Reason.BUFFERS, f"buffer {changed} differs from the base's; it is a constant")
+
+
+def kind_of(vector: TaskVector, backbone: Backbone) -> str:
+    """Which part of the backbone was trained, in words, for people: by what its parameters are called."""
     names = list(vector.squares)
     if not names:
-        return "nothing of the encoder"
+        return "nothing of the backbone"
     if all(n.endswith(("bias", "beta")) for n in names):
         return "biases only"
     if all("norm" in n.lower() for n in names):
@@ -192,7 +198,7 @@ def kind_of(vector: TaskVector, encoder: Mapping[str, Tensor]) -> str:
     if all("embed" in n or ".wte" in n or ".wpe" in n for n in names):
         return "embeddings only"
     layers = {int(m.group(1)) for n in names if (m := LAYER.search(n))}
-    everything = {int(m.group(1)) for n in encoder if (m := LAYER.search(n))}
+    everything = {int(m.group(1)) for n in backbone.parameters if (m := LAYER.search(n))}
     if layers < everything and not any("embed" in n for n in names):
         return "layers " + ", ".join(map(str, sorted(layers))) + " only" if layers else "outside the layers only"
-    return "whole encoder"
+    return "whole backbone"

@@ -97,7 +97,7 @@ def test_the_bases_pretraining_head_and_pooler_are_kept_when_an_input_lacks_them
     names = trunk(100)
     extra = {"bert.pooler.dense.weight": np.full((4, 4), 3, np.float32), "cls.bias": np.full(9, 4, np.float32)}
     prefixed = {"bert." + n: v for n, v in names.items()}
-    base = save(tmp_path / "base", {**prefixed, **extra})
+    base = save(tmp_path / "base", {**prefixed, **extra}, model_type="bert")
     one = save(tmp_path / "one", {**trunk(1, shift=names, prefix="bert."), **{n: v + 1 for n, v in extra.items()}})
     two = save(tmp_path / "two", trunk(2, shift=names))
     fused = average(base, [one, two], tmp_path / "out")
@@ -110,7 +110,7 @@ def test_the_bases_pretraining_head_and_pooler_are_kept_when_an_input_lacks_them
 
 def test_a_task_head_of_the_base_is_never_fused(tmp_path):
     head = {"classifier.bias": np.zeros(2, np.float32)}
-    base = save(tmp_path / "base", {**trunk(100, prefix="bert."), **head})
+    base = save(tmp_path / "base", {**trunk(100, prefix="bert."), **head}, model_type="bert")
     one = save(tmp_path / "one", {**trunk(1, prefix="bert."), "classifier.bias": np.ones(2, np.float32)})
     two = save(tmp_path / "two", {**trunk(2, prefix="bert."), "classifier.bias": np.ones(3, np.float32)})
     fused = average(base, [one, two], tmp_path / "out")
@@ -119,16 +119,26 @@ def test_a_task_head_of_the_base_is_never_fused(tmp_path):
 
 def test_a_tied_parameter_that_the_base_stores_twice_is_fused_in_both_places(tmp_path):
     words = np.arange(8, dtype=np.float32).reshape(4, 2)
-    base = save(tmp_path / "base", {"bert.embeddings.w": words, "bert.x": words[0], "cls.decoder.weight": words})
-    one = save(tmp_path / "one", {"bert.embeddings.w": words + 2, "bert.x": words[0]})
+    name, alias = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    base = save(tmp_path / "base", {name: words, "bert.encoder.x": words[0], alias: words}, model_type="bert")
+    one = save(tmp_path / "one", {name: words + 2, "bert.encoder.x": words[0]})
     fused = average(base, [one], tmp_path / "out")
-    assert fused.kept == () and load(tmp_path / "out")["cls.decoder.weight"][0].tolist() == [2, 3]
+    assert fused.kept == () and load(tmp_path / "out")[alias][0].tolist() == [2, 3]
+
+
+def test_what_a_base_stores_under_two_tied_names_with_other_values_is_not_tied(tmp_path):
+    words = np.arange(8, dtype=np.float32).reshape(4, 2)
+    name, alias = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    base = save(tmp_path / "base", {name: words, "bert.encoder.x": words[0], alias: words + 1}, model_type="bert")
+    one = save(tmp_path / "one", {name: words + 2, "bert.encoder.x": words[0]})
+    fused = average(base, [one], tmp_path / "out")
+    assert fused.kept == (alias,) and load(tmp_path / "out")[alias][0].tolist() == [1, 2]
 
 
 def test_an_input_that_stores_a_tied_parameter_twice_is_accepted(tmp_path):
     words = np.arange(8, dtype=np.float32).reshape(4, 2)
     rest = {"encoder.w": np.ones((2, 2), np.float32), "shared.weight": words}
-    base = save(tmp_path / "base", rest)
+    base = save(tmp_path / "base", rest, model_type="bart")
     one = save(tmp_path / "one", {**rest, "decoder.embed_tokens.weight": words})
     assert average(base, [one], tmp_path / "out").dropped == (("decoder.embed_tokens.weight",),)
 
@@ -142,17 +152,20 @@ def broken(change) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("encoder.layer.1.dense.bias"), r"one: encoder.layer.1.dense.bias is missing"),
-        (lambda t: t.update({"encoder.layer.2.x": np.ones(2, np.float32)}), r"one: encoder.layer.2.x is not a param"),
+        (lambda t: t.pop("encoder.layer.1.dense.bias"), r"one: encoder.layer.1.dense.bias of the base is missing"),
+        (
+            lambda t: t.update({"encoder.layer.2.x": np.ones(2, np.float32)}),
+            r"one: encoder.layer.2.x lies in the backbone, but the base has no",
+        ),
         (
             lambda t: t.update({"embeddings.word_embeddings.weight": np.ones((12, 4), np.float32)}),
-            r"embeddings.word_embeddings.weight: shape \[12, 4\], the base has \[11, 4\]",
+            r"embeddings.word_embeddings.weight has shape \[12, 4\], the base has \[11, 4\]",
         ),
         (
             lambda t: t.update({"encoder.layer.1.dense.bias": np.ones(4, np.int32)}),
             "dtype I32, a float dtype is needed",
         ),
-        (lambda t: t.update({"position_ids": np.arange(4)}), r"buffer \(I64 \[4\]\) differs from the base's"),
+        (lambda t: t.update({"position_ids": np.arange(4)}), r"position_ids has shape \[4\], the base has \[3\]"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path, change, message):

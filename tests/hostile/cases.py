@@ -87,6 +87,17 @@ def changed(name: str, change: Callable[[Any], Any]) -> Tensors:
     return tensors | {name: np.ascontiguousarray(change(tensors[name]))}
 
 
+def lora(module: str = "bert.encoder.layer.0.attention.self.query", **options: Any) -> dict[str, bytes | None]:
+    """A LoRA adapter of rank 2 in place of the weights, with options of its configuration changed."""
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"], **options}
+    pair = {
+        f"base_model.model.{module}.lora_A.weight": np.full((2, 16), 0.1, np.float32),
+        f"base_model.model.{module}.lora_B.weight": np.full((16, 2), 0.1, np.float32),
+    }
+    files = {"adapter_model.safetensors": weights(pair), "adapter_config.json": json.dumps(stated).encode()}
+    return {WEIGHTS: None, "config.json": None, **files}
+
+
 def edited_header(change: Callable[[dict[str, Any]], Any]) -> dict[str, bytes | None]:
     """The honest file with its header table changed, the data as they are."""
     data = weights(finetuned(base_tensors(), 1))
@@ -225,7 +236,7 @@ FILES: dict[str, Case] = {
     ),
     "weights for Keras only": Case(R.NO_SAFETENSORS, "tf_model.h5", files={WEIGHTS: None, "tf_model.h5": b""}),
     "an adapter only": Case(
-        R.NO_SAFETENSORS, "only an adapter", files={WEIGHTS: None, "adapter_model.safetensors": b""}
+        R.NO_SAFETENSORS, "without adapter_config", files={WEIGHTS: None, "adapter_model.safetensors": b""}
     ),
     "no weights at all": Case(R.NO_SAFETENSORS, "found none", files={WEIGHTS: None}),
     "weights in a subfolder": Case(R.NO_SAFETENSORS, "found none", files={WEIGHTS: None, "a/" + WEIGHTS: b""}),
@@ -248,7 +259,6 @@ CONFIGS: dict[str, Case] = {
     "custom_pipelines": Case(R.CUSTOM_CODE, "custom_p", files={"config.json": config(custom_pipelines={"x": {}})}),
     "quantized": Case(R.ARCHITECTURE, "quantized", files={"config.json": config(quantization_config={"bits": 4})}),
     "another model type": Case(R.ARCHITECTURE, "is 'roberta'", files={"config.json": config(model_type="roberta")}),
-    "no model type": Case(R.ARCHITECTURE, "model_type is None", files={"config.json": config(model_type=None)}),
     "a model type that is a list": Case(R.ARCHITECTURE, "['bert']", files={"config.json": config(model_type=["bert"])}),
     "a hidden size of a million": Case(R.ARCHITECTURE, "1000000", files={"config.json": config(hidden_size=10**6)}),
     "another activation": Case(R.ARCHITECTURE, "hidden_act", files={"config.json": config(hidden_act="relu")}),
@@ -347,24 +357,35 @@ LAYOUTS: dict[str, Case] = {
     "a larger vocabulary": Case(
         R.ARCHITECTURE, "[51, 16]", tensors=changed(WORDS, lambda v: np.pad(v, ((0, 1), (0, 0))))
     ),
-    "a half-precision matrix": Case(R.ARCHITECTURE, "dtype F16", tensors=changed(QUERY, lambda v: v.astype("float16"))),
     "an integer matrix": Case(R.ARCHITECTURE, "dtype I32", tensors=changed(QUERY, lambda v: v.astype("int32"))),
-    "a double-precision matrix": Case(R.ARCHITECTURE, "dtype F64", tensors=changed(QUERY, lambda v: v.astype(float))),
     "a layer too many": Case(
-        R.ARCHITECTURE, "belongs to the encoder", tensors=plus(bert__encoder__layer__2__x=np.zeros(3, np.float32))
+        R.ARCHITECTURE, "lies in the backbone", tensors=plus(bert__encoder__layer__2__x=np.zeros(3, np.float32))
     ),
     "a hidden parameter": Case(
-        R.ARCHITECTURE, "belongs to the encoder", tensors=plus(bert__backdoor=np.zeros(3, np.float32))
+        R.ARCHITECTURE, "lies in the backbone", tensors=plus(bert__backdoor=np.zeros(3, np.float32))
     ),
     "a second copy without prefix": Case(
         R.ARCHITECTURE, "is a second copy", tensors=plus(pooler__dense__bias=np.zeros(16, np.float32))
     ),
     "a second copy under another prefix": Case(
-        R.ARCHITECTURE, "is a second copy", tensors=plus(roberta__pooler__dense__bias=np.zeros(16, np.float32))
+        R.ARCHITECTURE,
+        "the backbone is there twice",
+        tensors=finetuned(base_tensors(), 1)
+        | {n.replace("bert.", "teacher."): v for n, v in finetuned(base_tensors(), 2).items() if n.startswith("bert.")},
     ),
     "a buffer of another type": Case(
         R.ARCHITECTURE, "dtype I32", tensors=plus(bert__embeddings__position_ids=np.zeros((1, 20), np.int32))
     ),
+    "an adapter whose start changes the base": Case(R.ADAPTER, "init_lora", files=lora(init_lora_weights="pissa")),
+    "an adapter of an unknown kind": Case(R.ADAPTER, "peft_type 'IA3'", files=lora(peft_type="IA3")),
+    "an adapter with an unknown option": Case(R.ADAPTER, "use_evil 1 cannot", files=lora(use_evil=1)),
+    "an adapter whose config is no JSON": Case(R.ADAPTER, "not JSON", files=lora() | {"adapter_config.json": b"<"}),
+    "an adapter of a head alone": Case(R.ARCHITECTURE, "adapts nothing", files=lora("classifier")),
+    "an adapter of a module that the base lacks": Case(
+        R.ARCHITECTURE, "adapts nothing", files=lora("bert.encoder.layer.7.attention.self.query")
+    ),
+    "an adapter of a rank that it does not have": Case(R.ARCHITECTURE, "r is 3, its", files=lora(r=3)),
+    "an adapter that scales by infinity": Case(R.ARCHITECTURE, "lora_alpha must be", files=lora(lora_alpha=math.inf)),
     "more head than model": Case(R.ARCHITECTURE, "more head than model", tensors=plus(big=np.zeros(9000, np.float32))),
 }
 

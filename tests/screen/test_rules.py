@@ -165,12 +165,12 @@ def test_licenses_fit_by_policy_or_by_the_bases_own(
         assert verdict.reason is Reason.LICENSE and base_license in verdict.detail
 
 
-def test_half_precision_is_refused_unless_the_policy_takes_any_float() -> None:
+def test_half_precision_is_taken_unless_the_policy_asks_for_the_bases_own_dtype() -> None:
     half = {k: v.astype("float16") for k, v in finetuned(base_tensors(), 1).items()}
     files = {"config.json": config(), "model.safetensors": weights(half)}
-    reason, detail = refused(judge(files))
+    reason, detail = refused(judge(files, Policy(any_float_dtype=False)))
     assert reason is Reason.ARCHITECTURE and "dtype F16, the base has F32" in detail
-    assert isinstance(judge(files, Policy(any_float_dtype=True)), Contribution)
+    assert isinstance(judge(files), Contribution)
 
 
 def test_a_rejected_model_costs_less_than_100_kb_even_when_its_header_promises_more() -> None:

@@ -79,7 +79,7 @@ def test_honest_contributions_all_stay_and_are_measured_as_numpy_in_double_measu
         assert measured.along == pytest.approx(tau @ base / (base @ base), rel=1e-3)
         assert measured.largest == pytest.approx(np.abs(tau).max(), rel=1e-6)
         assert measured.effective == pytest.approx((tau**2).sum() ** 2 / (tau**4).sum(), rel=1e-4)
-        assert measured.kind == "whole encoder" and sum(measured.shares.values()) == pytest.approx(1)
+        assert measured.kind == "whole backbone" and sum(measured.shares.values()) == pytest.approx(1)
     assert report.median == report.measures[1].norm
     for i, a in enumerate(made):
         for j, b in enumerate(made):

@@ -14,7 +14,7 @@ from hubfusion.screen.weight_space import centroid_distances, clusters, draw, li
 def report(norms: list[float], cosines: list[list[float]], out: tuple[int, ...] = ()) -> Report:
     revisions = [Revision(f"user{i}/model", f"{i:040x}") for i in range(len(norms))]
     measures = tuple(
-        Measure(r, r.repo[:5], n, n / 100, 0.0, 0.1, 1000.0, "whole encoder", {"a": 1.0}, "v1", {"v1": n})
+        Measure(r, r.repo[:5], n, n / 100, 0.0, 0.1, 1000.0, "whole backbone", {"a": 1.0}, "v1", {"v1": n})
         for r, n in zip(revisions, norms, strict=True)
     )
     rejected = tuple(Rejected(revisions[i], "x", Reason.OUTLIER, "too long") for i in out)
@@ -46,8 +46,8 @@ def test_related_updates_share_a_cluster_through_a_chain() -> None:
 
 def test_the_lines_say_who_is_out_and_why() -> None:
     text = "\n".join(lines(report([3.0, 400.0], [[1, 0], [0, 1]], out=(1,))))
-    assert "user0/model@000000000000" in text and "whole encoder, ok" in text
-    assert "whole encoder, outlier" in text and "out: user1/model@000000000000: outlier: too long" in text
+    assert "user0/model@000000000000" in text and "whole backbone, ok" in text
+    assert "whole backbone, outlier" in text and "out: user1/model@000000000000: outlier: too long" in text
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9])
