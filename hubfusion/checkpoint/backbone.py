@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hubfusion.checkpoint.model_types import ModelType, derive_model_type, find_model_type
-from hubfusion.checkpoint.reader import FLOATS, Checkpoint
+from hubfusion.checkpoint.reader import FLOATS, WEIGHTS_NAME, Checkpoint
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import dumps, loads
 
 FILE = "backbone.json"
 CONFIG = "config.json"
 MAX_BYTES = 4 << 20
+# What is read of a base or of a finetune to fuse it: weights, an adapter, and what says where the backbone is.
+FUSED_FILE = re.compile(
+    rf"{WEIGHTS_NAME.pattern}|adapter_model\.safetensors|adapter_config\.json|config\.json|backbone\.json"
+)
 SCHEMA = 1
 
 

@@ -30,7 +30,7 @@ def _version(text: str) -> tuple[str, str]:
 
 def _fetch(text: str, hub: Hub | None, folder: Path) -> tuple[Contribution, Path]:
     """A local folder as it is, or the weights of ``owner/name[@revision]`` downloaded into ``folder``."""
-    from hubfusion.checkpoint import WEIGHTS_NAME
+    from hubfusion.checkpoint.backbone import FUSED_FILE
     from hubfusion.lineage import Contribution, Revision
 
     if Path(text).is_dir():
@@ -41,7 +41,7 @@ def _fetch(text: str, hub: Hub | None, folder: Path) -> tuple[Contribution, Path
         raise FusionError(f"{text}: neither a local folder nor OWNER/NAME on the Hub")
     repo, _, name = text.partition("@")
     revision = hub.resolve(repo, name or "main")
-    files = tuple(f for f in hub.files(revision) if WEIGHTS_NAME.fullmatch(f.path))
+    files = tuple(f for f in hub.files(revision) if FUSED_FILE.fullmatch(f.path))
     for file in files:
         hub.download(revision, file, folder / file.path)
     return Contribution(revision, repo.partition("/")[0], revision, "", (), None, files), folder

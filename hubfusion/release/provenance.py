@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubfusion.checkpoint import WEIGHTS_NAME
+from hubfusion.checkpoint.backbone import FUSED_FILE
 from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
 from hubfusion.fuse import fuse
 from hubfusion.hub import Hub
@@ -157,7 +158,7 @@ def reproduce(hub: Hub, repo: str, version: str, work: Path, *, on_step: OnStep 
     steps: list[str] = []
     differences: list[str] = []
     tell(f"fetching the base {manifest.base}")
-    base = _fetch(hub, manifest.base, _weight_files(hub, manifest.base), work / "base", differences)
+    base = _fetch(hub, manifest.base, _fused_files(hub, manifest.base), work / "base", differences)
     inputs = []
     for number, each in enumerate(manifest.contributions):
         tell(f"fetching {each.revision} ({number + 1} of {len(manifest.contributions)})")
@@ -180,8 +181,8 @@ def reproduce(hub: Hub, repo: str, version: str, work: Path, *, on_step: OnStep 
     return Checked(revision, version, tuple(steps), tuple(differences))
 
 
-def _weight_files(hub: Hub, revision: Revision) -> tuple[RemoteFile, ...]:
-    return tuple(f for f in hub.files(revision) if WEIGHTS_NAME.fullmatch(f.path))
+def _fused_files(hub: Hub, revision: Revision) -> tuple[RemoteFile, ...]:
+    return tuple(f for f in hub.files(revision) if FUSED_FILE.fullmatch(f.path))
 
 
 def _fetch(hub: Hub, revision: Revision, files: tuple[RemoteFile, ...], folder: Path, differences: list[str]) -> Path:
