@@ -118,5 +118,5 @@ def test_errors_are_one_line_and_an_exit_code(place: Place) -> None:
     with pytest.raises(FusionError, match=r"exit code 1: error: ibm/nothing@v0: HTTP 404"):
         options = ("--base", "ibm/nothing", "--license", "mit", "--revision", "v0")
         place.run("hubfusion", "tag", "alice/model", *options, user="alice")
-    with pytest.raises(FusionError, match=r"exit code 1: error: dataset nothing \(demo/nothing\)"):
+    with pytest.raises(FusionError, match="exit code 1: error: dataset nothing: demo/nothing at main: there is no"):
         contribute(place, "carol", "nothing")

@@ -72,9 +72,11 @@ def inspect(data: Data) -> Report:
 
 
 def _problems(data: Data, leaked: int, contradicted: int) -> Iterator[str]:
-    expected = data.dataset.test_size
+    published, own = data.dataset.test_size, data.dataset.own_test_size
+    expected = published if own is None else own
     if expected is not None and expected != len(data.test):
-        yield f"the test set has {len(data.test)} examples, the published one {expected}"
+        kind = "the published one" if own is None else "this substitute's"
+        yield f"the test set has {len(data.test)} examples, {kind} {expected}"
     if not data.dataset.is_regression:
         missing = {*data.test.labels} - {*data.train.labels}
         if missing:

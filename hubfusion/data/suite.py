@@ -55,11 +55,13 @@ class Dataset:
 
     ``repo`` is a Hub id, or a local folder (``/…``, ``./…``) with a parquet, CSV or JSON lines file for each split.
     ``text``: the column(s); the first is the first segment, the others joined by a space the second. ``label``: the
-    label column. ``bins``: turn a label in [0, 1] into ``int(label * bins)``. ``validation`` None cuts one from train
-    by ``cut``. A split may pool several (``a+b``). ``hold_out``: the only split is ``train``; ``test_cap`` examples are
-    drawn from it for the test. The caps keep a fixed random part of a split. ``test_size``: of the published test set.
-    ``noisy``: small or at chance level, so its score moves by points between seeds. ``fold``: the fold
-    of a cross-validation over datasets in which nobody trains on it. ``note``: why this source.
+    label column. Rows without a label (null, NaN, -1 in a column with class names) are left out; -1 in a column without
+    class names is refused, because it may be a class. ``bins``: turn a label in [0, 1] into ``int(label * bins)``.
+    ``validation`` None cuts one from train by ``cut``. A split may pool several (``a+b``). ``hold_out``: ``test`` names
+    the same split as ``train``, and ``test_cap`` examples are drawn from it for the test. The caps keep a fixed random
+    part of a split. ``test_size``: of the published test set; ``own_test_size``: of the one in ``repo``, where that is
+    a substitute of another size. ``noisy``: small or at chance level, so its score moves by points between seeds.
+    ``fold``: the fold of a cross-validation over datasets in which nobody trains on it. ``note``: why this source.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Dataset:
     validation_cap: int | None = None
     test_cap: int | None = None
     test_size: int | None = None
+    own_test_size: int | None = None
     noisy: bool = False
     fold: int | None = None
     note: str = ""
@@ -115,7 +118,7 @@ class Dataset:
     def key(self, sha: str) -> str:
         """What was read: the commit and 16 digits for how; notes, folds and families do not change it."""
         spec = to_json(self)
-        for name in ("repo", "family", "note", "noisy", "fold", "test_size", "revision"):
+        for name in ("repo", "family", "note", "noisy", "fold", "test_size", "own_test_size", "revision"):
             del spec[name]
         return f"{sha}+{digest(spec)}"
 

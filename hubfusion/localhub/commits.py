@@ -15,7 +15,7 @@ from hubfusion.localhub.facts import facts_of
 from hubfusion.localhub.paths import checked_path
 from hubfusion.localhub.refusal import STALE_PARENT, Refusal, missing_entry, missing_revision
 from hubfusion.localhub.state import Hub
-from hubfusion.localhub.store.git import Change, Delete, GitRepo, Put, RefMoved, Signature, Snapshot
+from hubfusion.localhub.store.git import CONVERTS, Change, Delete, GitRepo, Put, RefMoved, Signature, Snapshot
 from hubfusion.localhub.store.gitattributes import LfsPatterns, line_for
 from hubfusion.localhub.store.objects import Pointer, parse_pointer
 from hubfusion.localhub.store.repos import MAIN, Kind, Repo
@@ -180,8 +180,8 @@ def _check_card(content: bytes) -> None:
 
 
 def branch_ref(revision: str) -> str:
-    """The full name of a branch or pull request that can be committed to."""
-    if revision.startswith(("refs/pr/", "refs/heads/")):
+    """The full name of a branch, pull request or conversion (`refs/convert/...`) that can be committed to."""
+    if revision.startswith(("refs/pr/", "refs/heads/", CONVERTS)):
         return revision
     return f"refs/heads/{revision}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
+from hubfusion.data import loading as corpora
 from hubfusion.data.checks import find_contamination, inspect
 from hubfusion.data.loading import Split, build_data, cut_validation, draw, load, resolve
 from hubfusion.data.metrics import SuiteMetric, measure
@@ -100,17 +102,18 @@ def test_an_unknown_suite_is_an_error_that_names_the_known_ones():
 )
 def test_the_edges_cut_gives_the_train_sizes_of_model_recycling(whole, train):
     """cb, copa, wsc, wnli, rte, boolq and sst2: train on the Hub, and the size in the authors' constants."""
-    left, held_out = cut_validation(numbered(whole), Cut.EDGES)
+    left, held_out = (rows.tolist() for rows in cut_validation(np.arange(whole), Cut.EDGES))
     assert len(left) == train
-    assert sorted(left.labels + held_out.labels) == list(range(whole))
-    assert left.labels == tuple(range(left.labels[0], left.labels[-1] + 1))
+    assert sorted(left + held_out) == list(range(whole))
+    assert left == list(range(left[0], left[-1] + 1))
 
 
 @pytest.mark.parametrize(("whole", "held_out"), [(500, 50), (9999, 999), (50000, 1000)])
 def test_the_tenth_cut_takes_a_tenth_or_a_thousand(whole, held_out):
-    train, validation = cut_validation(numbered(whole), Cut.TENTH)
+    train, validation = (rows.tolist() for rows in cut_validation(np.arange(whole), Cut.TENTH))
     assert (len(validation), len(train)) == (held_out, whole - held_out)
-    assert not set(train.labels) & set(validation.labels)
+    assert sorted(train + validation) == list(range(whole))
+    assert (train, validation) == (sorted(train), sorted(validation))
 
 
 def test_a_draw_is_the_same_for_every_model_and_another_for_every_seed():
@@ -164,6 +167,88 @@ def test_held_out_examples_are_not_trained_on():
     parts = [set(s.first) for s in (data.train, data.validation, data.test)]
     assert [len(p) for p in parts] == [36, 4, 10]
     assert len(set.union(*parts)) == 50
+
+
+def drawn(rows: list[str], seed: int, size: int) -> tuple[list[str], list[str]]:
+    """The rows without ``size`` drawn ones, and those, both in order: the documented draws, on a plain list."""
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    return [rows[i] for i in sorted(order[size:])], [rows[i] for i in sorted(order[:size])]
+
+
+@pytest.mark.parametrize("batch", [3, 10_000])
+def test_capped_rows_are_those_that_a_cap_after_reading_would_leave(batch, monkeypatch):
+    monkeypatch.setattr(corpora, "BATCH", batch)
+    labels = [(-1, 0, 1, 2)[i % 4] for i in range(200)]
+    parts = {
+        n: datasets.Dataset.from_dict({"text": [f"{n}{i}" for i in range(200)], "label": labels}).cast_column(
+            "label", datasets.ClassLabel(names=["a", "b", "c"])
+        )
+        for n in "xy"
+    }
+    spec = Dataset("d", "o/d", train="x+y", test="x+y", hold_out=True, train_cap=50, validation_cap=9, test_cap=40)
+    data = build_data(spec, "0" * 40, datasets.DatasetDict(parts))
+    rows = [f"{n}{i}" for n in "xy" for i in range(200) if i % 4]
+    train, test = drawn(rows, seed=36, size=40)
+    train, validation = drawn(train, seed=0, size=26)
+    assert data.test.first == tuple(test)
+    assert data.train.first == tuple(drawn(train, seed=0, size=50)[1])
+    assert data.validation.first == tuple(drawn(validation, seed=0, size=9)[1])
+    for split in (data.train, data.validation, data.test):
+        assert split.labels == tuple(int(t[1:]) % 4 - 1 for t in split.first)
+
+
+def test_only_texts_within_the_cap_become_python_strings(monkeypatch):
+    read = []
+    monkeypatch.setattr(corpora, "str", lambda t: read.append(t) or t, raising=False)
+    rows = table(train=[(f"a{i}", "yes") for i in range(5000)], test=[("b", "yes")])
+    data = build_data(Dataset("d", "o/d", train_cap=7), "0" * 40, rows)
+    assert len([t for t in read if t.startswith("a")]) == len(data.train) + len(data.validation) == 7 + 500
+
+
+@pytest.mark.parametrize("labels", [[-1, 0, 1], ["-1", "0", "1"], [-1.0, 0.0, None]])
+def test_minus_one_in_a_column_without_class_names_is_refused(labels):
+    """In sets with the labels -1, 0, 1 it is a class, elsewhere it marks what has no label."""
+    rows = table(train=[("a", 0), ("b", 1)], test=list(zip("cde", labels, strict=True)))
+    with pytest.raises(EvaluationError, match=r"dataset d \(o/d\): 1 rows of 'test' are labeled -1 .* ClassLabel"):
+        build_data(Dataset("d", "o/d", validation="train"), "0" * 40, rows)
+    number = build_data(Dataset("d", "o/d", validation="train", metric=Metric.SPEARMAN), "0" * 40, rows)
+    assert number.test.labels[0] == -1.0  # a number is not a class
+
+
+def test_rows_without_a_label_are_left_out_and_a_split_of_them_is_empty():
+    rows = table(train=[("a", 0.0), ("b", None), ("c", math.nan), ("d", 1.0)], test=[("e", 1.0)])
+    data = build_data(
+        Dataset("d", "o/d", validation="test", train="train", test="train+test", test_cap=3), "0" * 40, rows
+    )
+    assert (data.labels, data.test.first) == (("0.0", "1.0"), ("a", "d", "e"))
+    hidden = table(train=[("a", 0), ("b", 1)], test=[("c", -1)])
+    hidden = hidden.cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+    with pytest.raises(EvaluationError, match="the test split is empty: none of its 1 rows has a label"):
+        build_data(Dataset("d", "o/d", validation="train"), "0" * 40, hidden)
+
+
+@pytest.mark.parametrize(
+    ("label", "change", "message"),
+    [
+        ([1, 2], {}, "column 'label' holds list"),
+        ("high", {"bins": 5}, "label 'high' is not a number"),
+        ("high", {"metric": Metric.SPEARMAN}, "label 'high' is not a number"),
+    ],
+)
+def test_a_label_of_the_wrong_kind_is_named(label, change, message):
+    rows = table(train=[("a", label)], test=[("b", label)])
+    with pytest.raises(EvaluationError, match=message):
+        build_data(replace(Dataset("d", "o/d", validation="train"), **change), "0" * 40, rows)
+
+
+def test_a_class_id_without_a_name_is_refused():
+    rows = table(train=[("a", 0), ("b", 1)], test=[("c", 1)])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no"])})
+    rows = datasets.DatasetDict({n: datasets.Dataset(t.data, t.info, t.split) for n, t in rows.items()})
+    for part in rows.values():
+        part.info.features = features
+    with pytest.raises(EvaluationError, match="class 1 in 'train', there are 1 names"):
+        build_data(Dataset("d", "o/d", validation="train"), "0" * 40, rows)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +346,15 @@ def test_the_check_counts_repeated_contradicted_and_leaked_texts():
         "1 training texts come again with another label",
         "1 test texts are empty",
     )
+
+
+def test_a_substitute_is_held_to_its_own_size():
+    rows = table(train=[("a", 0), ("b", 1)], validation=[("c", 0)], test=[("d", 1), ("e", 0)])
+    spec = Dataset("x", "o/x", validation="validation", test_size=3, own_test_size=2)
+    assert inspect(build_data(spec, "0" * 40, rows)).problems == ()
+    wrong = inspect(build_data(replace(spec, own_test_size=5), "0" * 40, rows)).problems
+    assert wrong == ("the test set has 2 examples, this substitute's 5",)
+    assert spec.key("a") == replace(spec, own_test_size=None).key("a")
 
 
 def test_sound_data_has_no_problems():

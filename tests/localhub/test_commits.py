@@ -12,8 +12,8 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import get_session
 
 from hubfusion.localhub import LocalHub, Rules
@@ -264,3 +264,39 @@ def test_a_repository_made_by_many_at_once_is_made_once(world: World) -> None:
     with ThreadPoolExecutor(8) as pool:
         codes = list(pool.map(make, range(8)))
     assert sorted(codes) == [200, *[409] * 7]
+
+
+def test_a_conversion_is_a_ref_of_its_own(world: World) -> None:
+    """As the parquet bot makes one: a branch named by its full ref, then commits to it."""
+    name, ref = "ann/converted", "refs/convert/parquet"
+    world.ann.create_repo(name, repo_type="dataset")
+
+    def commit(end: bytes = b"", parent: str | None = None) -> CommitInfo:
+        table = CommitOperationAdd("default/train/0000.parquet", b"PAR1" + bytes(2000) + end)
+        where = {"repo_type": "dataset", "revision": ref, "parent_commit": parent}
+        return world.ann.create_commit(name, [table], commit_message="convert", **where)
+
+    with pytest.raises(RevisionNotFoundError):
+        commit()
+    world.ann.create_branch(name, branch=ref, repo_type="dataset")
+    with pytest.raises(HfHubHTTPError, match="already exists"):
+        world.ann.create_branch(name, branch=ref, repo_type="dataset")
+    head = commit().oid
+    refs = world.anon.list_repo_refs(name, repo_type="dataset")
+    assert [(c.name, c.ref, c.target_commit) for c in refs.converts] == [("parquet", ref, head)]
+    assert [b.name for b in refs.branches] == ["main"]
+    assert world.anon.dataset_info(name, revision=ref).sha == head != world.anon.dataset_info(name).sha
+    assert world.anon.list_repo_files(name, repo_type="dataset") == [".gitattributes"]
+    assert "default/train/0000.parquet" in world.anon.list_repo_files(name, repo_type="dataset", revision=ref)
+    url = f"{world.endpoint}/datasets/{name}/resolve/refs%2Fconvert%2Fparquet/default/train/0000.parquet"
+    assert get_session().get(url).content.startswith(b"PAR1")
+    with pytest.raises(HfHubHTTPError, match="The branch was updated"):
+        commit(b"more", world.anon.dataset_info(name).sha)
+    world.ann.delete_branch(name, branch=ref, repo_type="dataset")
+    assert world.anon.list_repo_refs(name, repo_type="dataset").converts == []
+
+
+@pytest.mark.parametrize("branch", ["refs/pr/1", "refs/heads/x", "refs/convert/", "refs/convert/a..b", "refs/other/x"])
+def test_no_branch_is_made_of_another_kind_of_ref(world: World, repo: str, branch: str) -> None:
+    with pytest.raises(HfHubHTTPError, match="is not a name for a branch"):
+        world.ann.create_branch(repo, branch=branch)

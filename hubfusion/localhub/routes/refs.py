@@ -11,7 +11,7 @@ from hubfusion.localhub.access import commit_of, visible_repo, written_repo
 from hubfusion.localhub.commits import branch_ref, publish
 from hubfusion.localhub.facts import when
 from hubfusion.localhub.refusal import Refusal, missing_revision
-from hubfusion.localhub.store.git import NOTHING, Commit, GitRepo, RefMoved, Signature, is_ref_name
+from hubfusion.localhub.store.git import CONVERTS, NOTHING, Commit, GitRepo, RefMoved, Signature, is_ref_name
 from hubfusion.localhub.store.repos import MAIN
 from hubfusion.localhub.web import Call, Routes, answer
 from hubfusion.localhub.webhooks import announce_content
@@ -19,18 +19,19 @@ from hubfusion.localhub.webhooks import announce_content
 routes = Routes()
 _HERE = "/api/{kind:models|datasets|spaces}/{ns}/{name}"
 _COMMITS = 50
+_LISTED = {"branches": "refs/heads", "converts": CONVERTS.rstrip("/"), "tags": "refs/tags"}
 
 
 @routes.add("GET", _HERE + "/refs")
 def refs(call: Call) -> Response:
-    """Branches, tags and, if asked, pull requests."""
+    """Branches, conversions, tags and, if asked, pull requests."""
     git = call.hub.repos.git(visible_repo(call))
 
     def listed(prefix: str) -> list[dict[str, str]]:
         found = git.refs(prefix)
         return [{"name": ref.removeprefix(prefix + "/"), "ref": ref, "targetCommit": sha} for ref, sha in found.items()]
 
-    shown: dict[str, Any] = {"branches": listed("refs/heads"), "converts": [], "tags": listed("refs/tags")}
+    shown: dict[str, Any] = {name: listed(prefix) for name, prefix in _LISTED.items()}
     if call.flag("include_prs"):
         shown["pullRequests"] = listed("refs/pr")
     return answer(shown)
@@ -45,11 +46,11 @@ def _move(git: GitRepo, ref: str, new: str, old: str, conflict: str) -> None:
 
 @routes.add("POST", _HERE + "/branch/{branch*}")
 def create_branch(call: Call) -> Response:
-    """A new branch at `startingPoint` (main without one)."""
+    """A new branch at `startingPoint` (main without one), or a conversion if it is named `refs/convert/...`."""
     found, branch = written_repo(call), call.params["branch"]
-    ref = f"refs/heads/{branch}"
+    ref = branch_ref(branch)
     start = str(call.json().get("startingPoint") or "main")
-    if not is_ref_name(ref) or branch.startswith("refs/"):
+    if not is_ref_name(ref) or (branch.startswith("refs/") and not branch.startswith(CONVERTS)):
         raise Refusal(400, f"{branch[:100]!r} is not a name for a branch")
     with call.hub.repos.writing(found) as repo:
         git = call.hub.repos.git(repo)
@@ -63,9 +64,9 @@ def create_branch(call: Call) -> Response:
 
 @routes.add("DELETE", _HERE + "/branch/{branch*}")
 def delete_branch(call: Call) -> Response:
-    """Delete a branch; main stays."""
+    """Delete a branch or a conversion; main stays."""
     found, branch = written_repo(call), call.params["branch"]
-    ref = f"refs/heads/{branch}"
+    ref = branch if branch.startswith(CONVERTS) else f"refs/heads/{branch}"
     with call.hub.repos.writing(found) as repo:
         git = call.hub.repos.git(repo)
         old = git.ref(ref) if is_ref_name(ref) else None

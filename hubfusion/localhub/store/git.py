@@ -13,6 +13,8 @@ from hubfusion.localhub.store.objects import POINTER_MAX, Pointer, parse_pointer
 from hubfusion.localhub.store.recent import Recent
 
 NOTHING = "0" * 40
+CONVERTS = "refs/convert/"
+"""Refs of conversions: the parquet files that a bot makes of a dataset are at `refs/convert/parquet`."""
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 ENVIRONMENT = {
     "PATH": os.environ.get("PATH", os.defpath),
@@ -134,7 +136,7 @@ class GitRepo:
         if not is_ref_name(f"refs/heads/{revision}"):
             return None
         names = [f"refs/heads/{revision}", f"refs/tags/{revision}"]
-        if revision.startswith(("refs/pr/", "refs/heads/", "refs/tags/", "refs/convert/")):
+        if revision.startswith(("refs/pr/", "refs/heads/", "refs/tags/", CONVERTS)):
             names = [revision]
         for name in names:
             if sha := self.ref(name):
