@@ -1,8 +1,10 @@
-# Two commands: `make demo` and `make test`. Both build .venv from requirements.lock when it changed, and nothing else.
+# Two commands: `make demo` and `make test`. Both build .venv from requirements/ when it changed, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-deps --require-hashes
 
 .PHONY: demo test lint check clean
 
@@ -20,11 +22,14 @@ lint: $(STAMP)
 # What CI runs: style, types, the default tests (one whole iteration on two-layer models is among them).
 check: lint test
 
-$(STAMP): requirements.lock pyproject.toml
+# Every file is checked against its hash. Where pip finds a CPU-only torch it takes that, elsewhere PyPI's with CUDA.
+$(STAMP): requirements/dev.txt requirements/torch.txt requirements/torch-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hubfusion needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(INSTALL) -r requirements/torch-cpu.txt 2>/dev/null || $(INSTALL) -r requirements/torch.txt
+	$(INSTALL) -r requirements/dev.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) check
 	touch $(STAMP)
 
 clean:
