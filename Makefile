@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-deps --require-hashes
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check coverage clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -21,6 +21,13 @@ lint: $(STAMP)
 
 # What CI runs: style, types, the default tests (one whole iteration on two-layer models is among them).
 check: lint test
+
+# The default tests again, with the lines that they run counted.
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 # Every file is checked against its hash. Where pip finds a CPU-only torch it takes that, elsewhere PyPI's with CUDA.
 $(STAMP): requirements/dev.txt requirements/torch.txt requirements/torch-cpu.txt pyproject.toml

@@ -5,7 +5,7 @@ Pins that hold stay; ``--upgrade`` takes the newest of each. Needs uv (``pip ins
 - ``dev.txt``: what `make` and CI install, with the build backend, but for torch.
 - ``torch.txt``: torch from the registry, with the CUDA packages that it needs on Linux.
 - ``torch-cpu.txt``: its CPU-only build, which is not on the registry; `make` takes it where pip finds it.
-- ``ray.txt``, ``sign.txt``, ``bench.txt``: what the extra of this name adds to these.
+- ``ray.txt``, ``sign.txt``, ``bench.txt``, ``release.txt``: what the extra of this name adds to these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "requirements"
-EXTRAS = ("ray", "sign", "bench")
+EXTRAS = ("ray", "sign", "bench", "release")
 TORCH = re.compile(r"(cuda|nvidia)-|(torch|triton)==")
 HASH = "    --hash=sha256:"
 
