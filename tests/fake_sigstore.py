@@ -39,7 +39,7 @@ class Sigstore:
     """The services, while the context lasts; ``refusal`` is the status that the authority answers with, 0 for none."""
 
     def __init__(self, folder: Path) -> None:
-        pytest.importorskip("model_signing.signing", reason="pip install hubfusion[sign]")
+        pytest.importorskip("model_signing.signing", reason="the extra sign")
         from cryptography.hazmat.primitives.asymmetric import ec
 
         self.root_key, self.ct_key, self.log_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))

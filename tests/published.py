@@ -30,7 +30,7 @@ def flip(data: bytes, bit: int) -> bytes:
 
 def make_keys(folder: Path) -> tuple[Path, Path]:
     """A private and a public key; the test is skipped where signing is not installed."""
-    pytest.importorskip("model_signing.signing", reason="pip install hubfusion[sign]")
+    pytest.importorskip("model_signing.signing", reason="the extra sign")
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric import ec
 

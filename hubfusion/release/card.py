@@ -18,6 +18,7 @@ import yaml
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from hubfusion import PACKAGE, install_command
 from hubfusion.evaluate.scores import compare
 from hubfusion.release.manifest import Manifest
 
@@ -60,6 +61,8 @@ def _environment() -> Environment:
     environment = Environment(
         loader=_Templates(), undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
     )
+    clone = "  # in a clone of hubfusion's repository" if PACKAGE == "." else ""
+    environment.globals["install"] = Markup(install_command() + clone)
     environment.filters["signed"] = lambda x: Markup(f"{x:+.2f}")
     environment.filters["short"] = lambda sha: Markup(sha[:12])
     environment.filters["link"] = model_link

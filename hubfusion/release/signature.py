@@ -1,4 +1,4 @@
-"""Sign a release and check the signature, by OpenSSF model signing (`pip install hubfusion[sign]`).
+"""Sign a release and check the signature, by OpenSSF model signing (the extra `sign`).
 
 The signature covers every file of the revision but the card, which may be corrected later. With a key it works
 offline; it says who made the files, not when: the version and the parent's commit stand in the signed manifest.
@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hubfusion import install_command
 from hubfusion.errors import FusionError
 
 SIGNATURE = "model.sig"
@@ -116,7 +117,7 @@ def _module(name: str, package: str = "model_signing") -> Any:
     try:
         return import_module(f"{package}.{name}")
     except ImportError as error:
-        raise FusionError(f"signatures need `pip install hubfusion[sign]`: {error}") from None
+        raise FusionError(f"signatures need `{install_command('sign')}`: {error}") from None
 
 
 def _one_line(error: Exception, secret: str = "") -> str:

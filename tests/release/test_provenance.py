@@ -241,7 +241,7 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monk
         raise ImportError(f"no module {name}")
 
     monkeypatch.setattr(module, "import_module", missing)
-    with pytest.raises(FusionError, match=r"pip install hubfusion\[sign\]"):
+    with pytest.raises(FusionError, match=r"pip install '\.\[sign\]'"):
         sign(tmp_path, tmp_path / "key.pem")
 
 

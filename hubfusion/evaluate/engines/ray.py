@@ -1,4 +1,4 @@
-"""Units on an existing Ray cluster (``pip install hubfusion[ray]`` on every node, the same version).
+"""Units on an existing Ray cluster (the extra ``ray`` on every node, the same version).
 
 A task measures one group and streams its results; Ray places tasks by free CPUs and (fractions of) GPUs. When a node
 dies, what is left of its groups goes to other nodes. The checkpoint travels through Ray's object store, once to each
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hubfusion import install_command
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.engines import make_groups, refuse_lost
 from hubfusion.evaluate.units import MODEL_FILES, Result, Unit
@@ -86,7 +87,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise EvaluationError("engine ray: not installed, pip install 'hubfusion[ray]'") from None
+        raise EvaluationError(f"engine ray: not installed, {install_command('ray')}") from None
     mine = not ray.is_initialized()
     if mine:
         try:
