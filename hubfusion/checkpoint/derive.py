@@ -38,8 +38,6 @@ TASKS = {
 }
 PRETRAINING = ("MaskedLM", "CausalLM", "Seq2SeqLM", "PreTraining")
 PARTIAL = 0.25  # a class that lacks more than this share of the backbone's patterns is another model
-
-
 # What the config classes of these types leave empty and their models need.
 NEEDED: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -70,6 +68,7 @@ class Stored:
     ``ignored`` are the regular expressions of tensors that transformers ignores.
     """
 
+    name: str
     parameters: frozenset[str]
     buffers: frozenset[str]
     persistent: frozenset[str]
@@ -122,6 +121,7 @@ def read_class(cls: Any, config: Any) -> Stored:
         return files[name] if name in files else name
 
     return Stored(
+        name=cls.__name__,
         parameters=frozenset(files.values()) - {renamed(name) for name in buffers},
         buffers=frozenset(map(renamed, buffers)),
         persistent=frozenset(renamed(name) for name in buffers if name in state),
@@ -172,8 +172,11 @@ def derive(config: Mapping[str, Any]) -> ModelType:
     name = str(config.get("model_type", ""))
     if name not in CONFIG_MAPPING:
         raise CheckpointError(f"model type {name!r}: transformers {transformers.__version__} does not know it")
+    fields = {
+        key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")
+    }  # names are all we read
     try:
-        loaded = CONFIG_MAPPING[name].from_dict(dict(config))
+        loaded = CONFIG_MAPPING[name].from_dict(fields)
     except Exception as error:  # whatever its checks raise
         raise CheckpointError(f"model type {name!r}: the config is not valid: {_line(error)}") from error
     cls, tasks = auto_class(loaded), task_classes(loaded)
@@ -182,26 +185,25 @@ def derive(config: Mapping[str, Any]) -> ModelType:
     if cls.main_input_name != "input_ids":
         raise CheckpointError(f"model type {name!r}: its input is {cls.main_input_name}, allowed is text (input_ids)")
     backbone = _build(name, cls, loaded)
-    parts = {
-        task: _Task(backbone, task_cls.__name__, _build(name, task_cls, loaded)) for task, task_cls in tasks.items()
-    }
-    whole = [part for part in parts.values() if not part.is_partial]
+    return _compare(name, cls.base_model_prefix, backbone, _build_tasks(name, backbone, tasks, loaded))
+
+
+def _compare(name: str, prefix: str, backbone: Stored, parts: list[_Task]) -> ModelType:
+    whole = [part for part in parts if not part.is_partial]
     inside = {pattern(parameter) for parameter in backbone.parameters}
-    lacking = {pattern(parameter) for part in whole for parameter in part.lacking} | _sometimes(backbone, inside)
-    outside = {
-        pattern(n) for task, part in parts.items() if task in PRETRAINING and part in whole for n in part.outside
-    }
+    optional = {pattern(parameter) for part in whole for parameter in part.lacking} | _sometimes(backbone, inside)
+    outside = {pattern(n) for part in whole if part.task in PRETRAINING for n in part.outside}
     pairs = {pair for ties in (backbone.aliases.items(), *(part.ties for part in whole)) for pair in ties}
     ties = {(pattern(alias), pattern(name)) for alias, name in pairs}
     return ModelType(
         name=name,
-        prefix=cls.base_model_prefix,
+        prefix=prefix,
         modules=_sorted(n.partition(".")[0] for n in backbone.tensors),
-        optional=_sorted(_shortest(lacking, inside - lacking)),
+        optional=_sorted(_shortest(optional, inside - optional)),
         buffers=_sorted({pattern(buffer) for buffer in backbone.buffers} | set(_older(backbone)) - inside),
         heads=_sorted(_shortest(outside, inside)),
-        ties=_sorted((alias, name) for alias, name in ties if alias != name),  # layers tied to layers are no news
-        partial=_sorted(part.name for part in parts.values() if part.is_partial),
+        ties=_sorted((alias, name) for alias, name in ties if alias != name),  # equal where layers share a tensor
+        partial=_sorted(part.stored.name for part in parts if part.is_partial),
     )
 
 
@@ -216,6 +218,19 @@ def _build(name: str, cls: Any, config: Any) -> Stored:
         raise CheckpointError(f"model type {name!r}: {cls.__name__} cannot be built: {_line(error)}") from error
 
 
+def _build_tasks(name: str, backbone: Stored, tasks: Mapping[str, Any], config: Any) -> list[_Task]:
+    """The task classes; one that refuses this config (Reformer's, by ``is_decoder``) has no finetunes and is left out."""
+    parts, errors = [], []
+    for task, cls in tasks.items():
+        try:
+            parts.append(_Task(backbone, task, _build(name, cls, config)))
+        except CheckpointError as error:
+            errors.append(error)
+    if not parts:
+        raise errors[0]
+    return parts
+
+
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -223,8 +238,9 @@ def _line(error: Exception) -> str:
 class _Task:
     """A task class beside the backbone: under which prefix it stores it, what it lacks and what it adds."""
 
-    def __init__(self, backbone: Stored, name: str, stored: Stored) -> None:
-        self.name = name
+    def __init__(self, backbone: Stored, task: str, stored: Stored) -> None:
+        self.task = task
+        self.stored = stored
         prefix = _prefix(backbone.parameters, stored.tensors)
         known = backbone.tensors
         names = {n.removeprefix(prefix) if n.removeprefix(prefix) in known else n: n for n in stored.tensors}
