@@ -132,8 +132,8 @@ def compare(mergekit: Path, folder: Path) -> Iterator[Agreement]:
     if done.returncode:
         raise RuntimeError(f"mergekit: {done.stderr.strip().splitlines()[-1]}")
     for place, (case, (method, _, _)) in zip(places, CASES.items(), strict=True):
-        recipe = read_recipe(place / "merge.yml")
-        fuse(recipe.plan, Path(recipe.base), [Path(n) for n in recipe.plan.labels], place / "ours")
+        recipe = read_recipe(place / "merge.yml").recipe
+        fuse(recipe, Path(recipe.base), [Path(each.model) for each in recipe.inputs], place / "ours")
         start = load_file(Path(recipe.base) / "model.safetensors")
         ours, theirs = (load_file(place / whose / "model.safetensors") for whose in ("ours", "theirs"))
         difference = max(float(np.abs(ours[n] - theirs[n]).max()) for n in start)

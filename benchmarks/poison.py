@@ -32,8 +32,8 @@ from versions import Task, cut_model, load, train
 
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.scores import Provenance, Score, Scores
-from hubfusion.fuse import Plan, fuse
-from hubfusion.lineage import Contribution, Revision
+from hubfusion.fuse import fuse
+from hubfusion.lineage import Contribution, Input, Recipe, Revision
 from hubfusion.release.gate import Margins, decide
 from hubfusion.screen import examine
 
@@ -197,8 +197,8 @@ class Laboratory:
 def fused(lab: Laboratory, folders: Sequence[Path], method: str) -> Path:
     out = lab.fresh()
     name, options = METHODS[method]
-    labels = tuple(f"c{i}" for i in range(len(folders)))
-    fuse(Plan(labels, (1.0,) * len(folders), name, tuple(sorted(options.items()))), lab.base, folders, out)
+    inputs = tuple(Input(f"c{i}") for i in range(len(folders)))
+    fuse(Recipe("base", inputs, name, tuple(sorted(options.items()))), lab.base, folders, out)
     (out / "config.json").write_bytes((lab.base / "config.json").read_bytes())
     return out
 

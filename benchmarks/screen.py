@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from hubfusion.fuse import fuse
 from hubfusion.hub import Change, Hub, connect
-from hubfusion.lineage import Contribution, Recipe, Revision
+from hubfusion.lineage import Contribution, Input, Recipe, Revision
 from hubfusion.localhub import LocalHub
 from hubfusion.screen import Policy, apply_caps, examine, read_base, screen
 from hubfusion.screen.crawl import crawl
@@ -56,7 +56,7 @@ def compare_with_fuse(model: Path, work: Path, inputs: int, repeats: int) -> Non
         save_file(moved, work / f"c{i}" / "model.safetensors")
         revision = Revision(f"user{i}/m", f"{i:040x}")
         batch.append((Contribution(revision, f"user{i}", BASE, "mit", (f"org/d{i}",), 600, ()), work / f"c{i}"))
-    recipe = Recipe(BASE, tuple(c.revision for c, _ in batch), (1.0,) * inputs)
+    recipe = Recipe(BASE.pinned, tuple(Input(c.revision.pinned) for c, _ in batch))
     entries = sum(v.size for v in base.values() if v.dtype == np.float32)
 
     def plain() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from hubfusion.data.suite import Suite, load_suite
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.protocols import STANDARD, Protocol, find_protocol, read_protocols
-from hubfusion.fuse.methods import METHODS
+from hubfusion.fuse import METHODS
+from hubfusion.fuse.clipping import can_clip
 from hubfusion.lineage import Option, from_json
 from hubfusion.release.gate import Margins
 from hubfusion.release.scan import Scan
@@ -18,16 +19,15 @@ from hubfusion.release.signature import Keyless
 from hubfusion.screen import Policy
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-LINEAR = ("average", "task_arithmetic")
 
 
 @dataclass(frozen=True, slots=True)
 class Fusing:
     """How contributions become a candidate; fewer than ``at_least`` sound ones wait for more.
 
-    ``clip`` scales every task vector down to the median norm before the method sees it: by the coefficients of a
-    linear method, by the option ``norm`` of those that have it; others cannot clip. When the gate refuses a candidate,
-    at most ``isolate`` more are fused and evaluated to find whose contribution it objects to; 0 refuses them all.
+    ``clip`` scales every task vector down to the median norm (`hubfusion.fuse.clipping`), where the method can. When
+    the gate refuses a candidate, at most ``isolate`` more are fused and evaluated to find whose contribution it objects
+    to; 0 refuses them all.
     """
 
     method: str = "average"
@@ -41,19 +41,14 @@ class Fusing:
         """Refuse a clip that the method cannot do, or that its options already decide, and negative counts."""
         if self.method not in METHODS:
             raise FusionError(f"fuse.method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
-        if self.clip and not self.clips_by_coefficients and "norm" not in METHODS[self.method].options:
-            able = sorted({*LINEAR, *(name for name, method in METHODS.items() if "norm" in method.options)})
-            raise FusionError(f"fuse.clip: {self.method} cannot clip; set clip = false or use one of {', '.join(able)}")
+        if self.clip and not can_clip(self.method):
+            able = ", ".join(sorted(filter(can_clip, METHODS)))
+            raise FusionError(f"fuse.clip: {self.method} cannot clip; set clip = false or use one of {able}")
         if self.clip and "norm" in self.options:
             raise FusionError("fuse.options.norm: clip = true decides it; set clip = false to choose another")
         for name, least in (("at_least", 1), ("isolate", 0)):
             if getattr(self, name) < least:
                 raise FusionError(f"fuse.{name} must be at least {least}, got {getattr(self, name)}")
-
-    @property
-    def clips_by_coefficients(self) -> bool:
-        """Whether a clipped task vector is one with a smaller coefficient, as it is for sums of task vectors."""
-        return self.method in LINEAR
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +93,7 @@ class Schedule:
 class Config:
     """Everything a run needs to know; ``deadline_minutes`` bounds one fuse-and-evaluate job.
 
-    ``leave_one_out`` names a probe suite on which each contribution is left out once; None measures nothing.
+    ``leave_one_out`` names a probe suite for leave-one-out gains; None measures none.
     ``triggers`` scans candidates for backdoors before the gate; None does not.
     """
 

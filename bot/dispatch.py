@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bot.worker import OUTCOME, Job, Outcome
+from bot.job import OUTCOME, CandidateJob, Outcome
 from hubfusion.errors import FusionError
 from hubfusion.lineage import dumps, loads
 
@@ -31,7 +31,9 @@ GRACE_SECONDS = 10.0
 WORKER = (sys.executable, "-m", "bot.worker")
 
 
-def dispatch(job: Job, work: Path, deadline_minutes: float, poll: Callable[[], None] = lambda: None) -> Outcome:
+def dispatch(
+    job: CandidateJob, work: Path, deadline_minutes: float, poll: Callable[[], None] = lambda: None
+) -> Outcome:
     """Run ``job`` in a child process and return what it found.
 
     ``poll`` is called twice a second and may raise to stop: the worker is then ended, and what it had finished is

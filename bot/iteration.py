@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from bot.config import Config, read_plan
 from bot.dispatch import dispatch
-from bot.ledger import Event, Judged, Promoted, Refused, append, read_ledger
+from bot.job import Candidate, CandidateJob, Downloaded, Outcome, Probe
+from bot.ledger import Accepted, Event, Judged, Promoted, Refused, append, read_ledger
 from bot.notify import deliver, pending_answers
-from bot.worker import Candidate, Job, Outcome, Probe
 from hubfusion.errors import Conflict, Corrupt, HubError, NotFound
 from hubfusion.evaluate.results import pull, push
 from hubfusion.evaluate.units import content_key, plan_units
@@ -27,7 +27,7 @@ from hubfusion.hub import Hub
 from hubfusion.hub.cards import read_card
 from hubfusion.lineage import Contribution, Finetune, Reason, Rejected, Revision
 from hubfusion.release.card import base_card
-from hubfusion.release.gate import Decision, decide
+from hubfusion.release.gate import Decision
 from hubfusion.release.isolation import Trial
 from hubfusion.release.manifest import Manifest, describe_environment
 from hubfusion.release.publish import (
@@ -80,7 +80,7 @@ class Run:
 class Iteration:
     """What one run found and decided; ``version`` is the base's next version until it is promoted to that.
 
-    ``trials`` are the sets that were tried to isolate harmful contributions, ``leave_one_out`` what each adds.
+    ``trials`` are the sets that were tried to isolate harmful contributions, ``leave_one_out_gains`` in points.
     """
 
     number: int
@@ -91,7 +91,7 @@ class Iteration:
     rejected: tuple[Rejected, ...] = ()
     decision: Decision | None = None
     trials: tuple[Trial, ...] = ()
-    leave_one_out: tuple[float, ...] = ()
+    leave_one_out_gains: Mapping[Revision, float] = field(default_factory=dict)
 
 
 def run_iteration(run: Run, *, act: bool) -> Iteration:
@@ -114,10 +114,9 @@ def run_iteration(run: Run, *, act: bool) -> Iteration:
     if outcome.candidate is None:
         seen = replace(seen, verdict=Verdict.WAITING if outcome.contributions else Verdict.NOTHING_NEW)
     else:
-        candidate = outcome.candidate
-        decision = decide(candidate.candidate_scores, candidate.base_scores, config.gate, candidate.findings)
+        decision = outcome.candidate.decision
         verdict = Verdict.PLANNED if decision.promote else Verdict.REFUSED
-        seen = replace(seen, decision=decision, verdict=verdict, leave_one_out=candidate.leave_one_out)
+        seen = replace(seen, decision=decision, verdict=verdict, leave_one_out_gains=gains_of(outcome.candidate))
     if act:
         seen = promote_or_refuse(run, release, seen, outcome)
         if seen.verdict is not Verdict.LOST_RACE:  # the winner settles its own release; both at once would answer twice
@@ -126,6 +125,12 @@ def run_iteration(run: Run, *, act: bool) -> Iteration:
             share_scores(run, outcome.candidate)
             tidy(run, outcome)
     return seen
+
+
+def gains_of(candidate: Candidate) -> dict[Revision, float]:
+    """The leave-one-out gains that were measured."""
+    gains = {each.revision: each.leave_one_out_gain for each in candidate.contributions}
+    return {revision: gain for revision, gain in gains.items() if gain is not None}
 
 
 def judge(
@@ -158,7 +163,7 @@ def fuse_and_evaluate(
 ) -> tuple[Outcome, tuple[Rejected, ...]]:
     """Download what was screened, by its pinned commit and listed hash, and let the worker do the rest."""
     if not contributions:
-        return Outcome((), (), None), ()
+        return Outcome((), ()), ()
     work = Path(run.config.work).absolute()
     base = fetch_release(run.reader, release, work / "base" / release.revision.sha)
     fetched, corrupt = [], []
@@ -174,17 +179,16 @@ def fuse_and_evaluate(
         else:
             fetched.append(contribution)
     if len(fetched) < run.config.fuse.at_least:
-        return Outcome(tuple(fetched), (), None), tuple(corrupt)
+        return Outcome(tuple(fetched), ()), tuple(corrupt)
     suite, protocols = read_plan(run.config.evaluate)
     units = plan_units(content_key(base), suite, protocols, run.config.evaluate.seeds)
     pull(run.reader, run.config.ranking, units, work / "scores")
     probe = run.config.leave_one_out
-    job = Job(
+    job = CandidateJob(
         base=release.revision,
         base_tag=release.version,
         base_folder=str(base),
-        contributions=tuple(fetched),
-        folders=tuple(str(_folder(work, c.revision)) for c in fetched),
+        inputs=tuple(Downloaded(c, str(_folder(work, c.revision))) for c in fetched),
         fuse=run.config.fuse,
         suite=suite,
         protocols=protocols,
@@ -221,16 +225,16 @@ def known_norms(run: Run, release: Release) -> tuple[float, ...]:
     """Norms of the task vectors that the newest versions were made of, from their manifests alone."""
     newest = [release, *release.before(run.config.examine.history)][: run.config.examine.history]
     manifests = (manifest_at(run.reader, each.revision) for each in newest)
-    return tuple(norm for manifest in manifests if manifest for norm in manifest.norms)
+    return tuple(each.norm for manifest in manifests if manifest for each in manifest.contributions)
 
 
 def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outcome) -> Iteration:
     """Act on the gate's decision: publish the candidate, or note the refusal and leave ``main`` as it is."""
-    if outcome.candidate is None or seen.decision is None:
+    if outcome.candidate is None:
         return seen
-    revisions = tuple(c.revision for c in seen.contributions)
-    if not seen.decision.promote:
-        said = (seen.decision.objections, seen.decision.summary, seen.trials)
+    decision, revisions = outcome.candidate.decision, tuple(c.revision for c in seen.contributions)
+    if not decision.promote:
+        said = (decision.objections, decision.summary, seen.trials)
         remember(run, [Refused(seen.number, release.revision, revisions, *said)])
         return seen
     run.poll()
@@ -240,16 +244,14 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         parent_version=seen.parent_version,
         nonce=run.nonce,
         recipe=outcome.candidate.recipe,
-        contributions=seen.contributions,
+        contributions=outcome.candidate.contributions,
         weights=outcome.candidate.weights,
         seen=seen_datasets(run, release, seen.contributions),
         base_scores=outcome.candidate.base_scores,
         candidate_scores=outcome.candidate.candidate_scores,
-        decision=seen.decision,
+        decision=decision,
         environment=describe_environment(),
         trials=outcome.trials,
-        norms=outcome.candidate.norms,
-        leave_one_out=outcome.candidate.leave_one_out,
         report=outcome.candidate.report,
     )
     card = base_card(read_card(run.hub, release.revision), manifest, run.config.base, run.hub.endpoint)
@@ -284,9 +286,8 @@ def settle(run: Run) -> None:
     release = current_release(run.hub, config.base)
     manifest = manifest_at(run.hub, release.revision)
     if manifest is not None:
-        inputs = tuple(c.revision for c in manifest.contributions)
-        sha, worth = release.revision.sha, manifest.leave_one_out
-        remember(run, [Promoted(manifest.iteration, manifest.version, sha, inputs, worth)])
+        accepted = tuple(Accepted(each.revision, each.leave_one_out_gain) for each in manifest.contributions)
+        remember(run, [Promoted(manifest.iteration, manifest.version, release.revision.sha, accepted)])
         rank(run.hub, config.ranking, release.revision, manifest, run.nonce)
     run.poll()
     answers = list(pending_answers(read_ledger(run.hub, config.ledger), config.base, run.hub.endpoint))
@@ -311,7 +312,8 @@ def tidy(run: Run, outcome: Outcome) -> None:
     """Remove downloads, base and candidate of an iteration that came to a decision; the scores stay."""
     if outcome.candidate is not None:
         shutil.rmtree(Path(outcome.candidate.folder).parent, ignore_errors=True)
-        shutil.rmtree(Path(run.config.work) / "base" / outcome.candidate.recipe.base.sha, ignore_errors=True)
+        base = Revision.parse(outcome.candidate.recipe.base)
+        shutil.rmtree(Path(run.config.work) / "base" / base.sha, ignore_errors=True)
         shutil.rmtree(Path(run.config.work) / "earlier", ignore_errors=True)
     for revision in (*(c.revision for c in outcome.contributions), *(r.revision for r in outcome.rejected)):
         shutil.rmtree(_folder(Path(run.config.work), revision), ignore_errors=True)

@@ -35,18 +35,22 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Promoted:
-    """An iteration whose candidate became version ``version`` of the base, at commit ``sha``.
+class Accepted:
+    """A finetune that is part of a version, with its leave-one-out gain (points) if that was measured."""
 
-    ``leave_one_out`` is the manifest's: what each contribution adds on the probe suite, in points.
-    """
+    finetune: Revision
+    leave_one_out_gain: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """An iteration whose candidate became version ``version`` of the base, at commit ``sha``."""
 
     event: ClassVar[str] = "promoted"
     iteration: int
     version: str
     sha: str
-    contributions: tuple[Revision, ...]
-    leave_one_out: tuple[float, ...] = ()
+    contributions: tuple[Accepted, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,9 @@ class Ledger:
         """Every finetune commit that an iteration has dealt with: not to be looked at again."""
         done = {e.finetune for e in self.events if isinstance(e, Judged)}
         for event in self.events:
-            if isinstance(event, Promoted | Refused):
+            if isinstance(event, Promoted):
+                done.update(accepted.finetune for accepted in event.contributions)
+            elif isinstance(event, Refused):
                 done.update(event.contributions)
         return frozenset(done)
 
@@ -149,4 +155,7 @@ def _parse(line: str, where: str) -> Event:
         kind = KINDS[data.pop("event")]
     except (ValueError, KeyError, AttributeError, TypeError):
         raise FusionError(f"{where}: not an event of this version of the bot: {line[:60]!r}") from None
-    return from_json(kind, data, where)
+    try:
+        return from_json(kind, data, kind.event)
+    except FusionError as error:
+        raise FusionError(f"{where}: not an event of this version of the bot: {error}") from None

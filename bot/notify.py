@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from bot.ledger import Judged, Ledger, Promoted, Refused, Said
+from bot.ledger import Accepted, Judged, Ledger, Promoted, Refused, Said
 from hubfusion.errors import Forbidden, HubError, NotFound
 from hubfusion.hub import Hub
 from hubfusion.lineage import Reason, Revision
@@ -70,9 +70,7 @@ def pending_answers(ledger: Ledger, base: str, endpoint: str) -> Iterator[Answer
     for event in ledger.events:
         match event:
             case Promoted():
-                worth = event.leave_one_out or (None,) * len(event.contributions)
-                pairs = zip(event.contributions, worth, strict=True)
-                answers = [_accepted(f, event.version, base, endpoint, adds) for f, adds in pairs]
+                answers = [_accepted(each, event.version, base, endpoint) for each in event.contributions]
             case Judged():
                 answers = [_rejected(event.finetune, event.reason, event.detail, base, endpoint)]
             case Refused():
@@ -100,9 +98,10 @@ def deliver(hub: Hub, answers: list[Answer]) -> tuple[Said, ...]:
     return tuple(said)
 
 
-def _accepted(finetune: Revision, version: str, base: str, endpoint: str, adds: float | None) -> Answer:
+def _accepted(accepted: Accepted, version: str, base: str, endpoint: str) -> Answer:
     names = {"base": base, "code_base": Markup(base), "version": version, "endpoint": endpoint}
-    body = render("accepted.md.j2", None, finetune=finetune, adds=adds, **names)
+    finetune, gain = accepted.finetune, accepted.leave_one_out_gain
+    body = render("accepted.md.j2", None, finetune=finetune, leave_one_out_gain=gain, **names)
     return Answer(finetune, f"Part of {base} {version} (commit {finetune.sha[:12]})", body)
 
 

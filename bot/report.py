@@ -36,13 +36,11 @@ def show(result: Iteration, *, acted: bool, console: Console | None = None) -> N
 def _models(result: Iteration) -> Table:
     table = Table("finetune", "verdict", "why", box=None, pad_edge=False)
     word = {Verdict.PROMOTED: f"in {result.version}", Verdict.REFUSED: "refused", Verdict.WAITING: "waits"}
-    pairs = zip(result.contributions, result.leave_one_out, strict=bool(result.leave_one_out))
-    worth = {c.revision: points for c, points in pairs}
     for contribution in result.contributions:
         examples = "?" if contribution.examples is None else contribution.examples
         why = f"{examples} examples of {', '.join(contribution.datasets) or 'undeclared data'}"
-        if contribution.revision in worth:
-            why += f"; adds {worth[contribution.revision]:+.2f} points on the probe suite"
+        if (gain := result.leave_one_out_gains.get(contribution.revision)) is not None:
+            why += f"; leave-one-out gain {gain:+.2f} points"
         table.add_row(Text(str(contribution.revision)), word.get(result.verdict, "accepted"), Text(visible(why)))
     for rejected in result.rejected:
         table.add_row(Text(str(rejected.revision)), f"rejected: {rejected.reason}", Text(visible(rejected.detail)))

@@ -10,100 +10,26 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from bot.config import Fusing
-from hubfusion.data.suite import Suite
+from bot.job import OUTCOME, CandidateJob, Outcome
+from bot.search import CandidateSearch
 from hubfusion.errors import FusionError
-from hubfusion.evaluate.protocols import Protocol
-from hubfusion.evaluate.scores import Scores
-from hubfusion.lineage import Contribution, Recipe, Rejected, RemoteFile, Revision, dumps, loads
-from hubfusion.release.gate import Margins
-from hubfusion.release.isolation import Trial
-from hubfusion.release.scan import Scan
+from hubfusion.lineage import dumps, loads
+from hubfusion.release.manifest import REPORT
 
 log = logging.getLogger(__name__)
 
-OUTCOME = "outcome.json"
-REPORT = ("soundness.json", "weight-space.svg")
 
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What leaving one out is measured on."""
-
-    suite: Suite
-    protocols: tuple[Protocol, ...]
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to do, complete: folders hold exactly the files that were screened; ``store`` keeps scores by content.
-
-    ``versions`` are folders of earlier releases by tag, ``known_norms`` norms of task vectors that they accepted.
-    ``minutes`` is when the job must be done: no trial is begun that would last longer.
-    """
-
-    base: Revision
-    base_tag: str
-    base_folder: str
-    contributions: tuple[Contribution, ...]
-    folders: tuple[str, ...]
-    fuse: Fusing
-    suite: Suite
-    protocols: tuple[Protocol, ...]
-    seeds: tuple[int, ...]
-    store: str
-    gate: Margins = field(default_factory=Margins)
-    minutes: float = 600.0
-    versions: Mapping[str, str] = field(default_factory=dict)
-    known_norms: tuple[float, ...] = ()
-    probe: Probe | None = None
-    triggers: Scan | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A fused model in ``folder``, whose weights files are ``weights``, beside its scores and those of its base.
-
-    ``findings`` are what other checks object to; ``norms``, ``leave_one_out`` and ``report`` as in the manifest.
-    """
-
-    folder: str
-    recipe: Recipe
-    weights: tuple[RemoteFile, ...]
-    base_scores: Scores
-    candidate_scores: Scores
-    findings: tuple[str, ...] = ()
-    norms: tuple[float, ...] = ()
-    leave_one_out: tuple[float, ...] = ()
-    report: tuple[RemoteFile, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a job; no candidate when too few contributions are left. ``trials`` isolated the harmful ones."""
-
-    contributions: tuple[Contribution, ...]
-    rejected: tuple[Rejected, ...]
-    candidate: Candidate | None
-    trials: tuple[Trial, ...] = ()
-
-
-def work(job: Job, folder: Path) -> Outcome:
+def work(job: CandidateJob, folder: Path) -> Outcome:
     """Examine, fuse, evaluate, isolate what the gate objects to; ``folder`` gets the candidate and the report."""
-    from bot.bench import Bench
     from hubfusion.screen import examine
     from hubfusion.screen.weight_space import draw
 
     began = time.monotonic()
-    folders = dict(zip((c.revision for c in job.contributions), map(Path, job.folders), strict=True))
     report = examine(
         Path(job.base_folder),
-        [(c, folders[c.revision]) for c in job.contributions],
+        [(each.contribution, Path(each.folder)) for each in job.inputs],
         tag=job.base_tag,
         versions={tag: Path(version) for tag, version in job.versions.items()},
         known_norms=job.known_norms,
@@ -111,10 +37,10 @@ def work(job: Job, folder: Path) -> Outcome:
     (folder / REPORT[0]).write_text(dumps(report))
     (folder / REPORT[1]).write_text(draw(report))
     accepted = set(report.accepted)
-    sound = tuple(c for c in job.contributions if c.revision in accepted)
+    sound = tuple(each.contribution for each in job.inputs if each.contribution.revision in accepted)
     if len(sound) < job.fuse.at_least:
-        return Outcome(sound, report.rejected, None)
-    return Bench(job, folder, report, began).judge(sound)
+        return Outcome(sound, report.rejected)
+    return CandidateSearch(job, folder, report, began).run(sound)
 
 
 def main(job_file: Path, folder: Path) -> int:
@@ -125,7 +51,7 @@ def main(job_file: Path, folder: Path) -> int:
     for name in ("hubfusion", "bot", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        outcome = work(loads(Job, job_file.read_bytes(), str(job_file)), folder)
+        outcome = work(loads(CandidateJob, job_file.read_bytes(), str(job_file)), folder)
     except FusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -90,7 +90,7 @@ def _average(place: Place, hub: Hub) -> Iterator[str]:
         fused = load_file(_weights(hub, released, work / version))
         inputs = [
             load_file(_weights(hub, revision, work / revision.repo.replace("/", "--")))
-            for revision in manifest.recipe.inputs
+            for revision in (each.revision for each in manifest.contributions)
         ]
         worst, right, entries = 0.0, 0, 0
         for name, value in fused.items():
@@ -135,7 +135,7 @@ def _rebuilds(place: Place, hub: Hub) -> Iterator[str]:
     manifest = manifest_at(hub, Revision(BASE, hub.tags(BASE)["v2"]))
     if manifest is None:
         return
-    victim = manifest.recipe.inputs[0]
+    victim = manifest.contributions[0].revision
     (file,) = [f for f in hub.files(victim) if f.path == "model.safetensors"]
     (stored,) = (place.folder / "hub" / "objects").rglob(str(file.sha256))
     _flip_bit(stored)

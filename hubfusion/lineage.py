@@ -1,7 +1,8 @@
 """What came from what: the frozen values that travel between the verbs, to and from JSON.
 
 `crawl` yields `Finetune`s, `screen` turns each into a `Contribution` or a `Rejected`, `fuse` follows a `Recipe`, and
-`publish` writes a `Manifest` (``fusion.json``) beside the weights. Whoever reads these types has read the program.
+`publish` writes a `Manifest` (``fusion.json``) with what was measured of each `Contributed` beside the weights. Whoever
+reads these types has read the program.
 JSON is strict in both directions: an unknown or missing key is an error that names it.
 """
 
@@ -13,7 +14,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -42,8 +43,25 @@ class Revision:
             raise FusionError(f"revision of {self.repo}: sha must be 40 hexadecimal digits, got {self.sha!r}")
 
     def __str__(self) -> str:
-        """``owner/name@0123456789ab``: enough for people; use the fields for machines."""
+        """``owner/name@0123456789ab``: enough for people; `pinned` is for machines."""
         return f"{self.repo}@{self.sha[:12]}"
+
+    @property
+    def pinned(self) -> str:
+        """``owner/name@<40 hexadecimal digits>``: how a recipe names this commit."""
+        return f"{self.repo}@{self.sha}"
+
+    @classmethod
+    def parse(cls, pinned: str) -> Revision:
+        """Read a `pinned` name; raises `FusionError` for a folder, or a name without a full commit sha.
+
+        >>> Revision.parse("ann/news@" + "a" * 40).repo
+        'ann/news'
+        """
+        repo, _, sha = pinned.rpartition("@")
+        if not (REPO_ID.fullmatch(repo) and COMMIT_SHA.fullmatch(sha)):
+            raise FusionError(f"a model must be pinned as owner/name@<40 hexadecimal digits>, got {pinned!r:.120}")
+        return cls(repo, sha)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,43 +156,72 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True)
+class Contributed:
+    """One contribution to a candidate, with what was measured of it.
+
+    ``norm`` is ‖τ‖ before any clipping. ``leave_one_out_gain`` is the mean score of the candidate minus that of the
+    same fuse without this contribution, in points on the probe suite; None when that was not measured.
+    """
+
+    contribution: Contribution
+    norm: float
+    leave_one_out_gain: float | None = None
+
+    @property
+    def revision(self) -> Revision:
+        """The contribution's commit."""
+        return self.contribution.revision
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Input:
+    """One input of a fuse: ``model`` is a folder, ``owner/name``, ``owner/name@revision``, or pinned to a commit.
+
+    Coefficients are relative (1, 1, 1 is uniform); each method says how it normalizes them.
+    """
+
+    model: str
+    coefficient: float = 1.0
+
+    @property
+    def revision(self) -> Revision:
+        """The commit that ``model`` is pinned to; raises `FusionError` when it is not."""
+        return Revision.parse(self.model)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How a candidate is made: the same recipe over the same bytes gives the same bytes.
 
-    ``inputs`` and ``coefficients`` have one length k; coefficients are relative (1, 1, 1 is uniform) and each method
-    says how it normalises them. ``options`` are sorted keywords of the method, ``scale`` is λ, applied once to the
-    fused delta. ``outer`` names the outer optimizer that turns the fused delta into the step, with its own options;
-    its state is read from the base's revision.
+    ``base`` and ``state`` are named like an input's model; a release has all of them pinned. ``options`` are sorted
+    keywords of the method, ``scale`` is λ, applied once to the fused delta. ``outer`` names the outer optimizer that
+    turns the fused delta into the step, with its own options; its last state is read from ``state``, or from the base
+    when that is None. `hubfusion.fuse.recipe.check_recipe` checks names and numbers.
     """
 
-    base: Revision
-    inputs: tuple[Revision, ...]
-    coefficients: tuple[float, ...]
+    base: str
+    inputs: tuple[Input, ...]
     method: str = "average"
     options: tuple[tuple[str, Option], ...] = ()
     scale: float = 1.0
     outer: str = "plain"
     outer_options: tuple[tuple[str, Option], ...] = ()
+    state: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse recipes that no method could follow."""
+        """Refuse a recipe of nothing."""
         if not self.inputs:
             raise FusionError("recipe: at least one input is needed, got none")
-        if len(self.coefficients) != len(self.inputs):
-            raise FusionError(
-                f"recipe: one coefficient per input, got {len(self.coefficients)} for {len(self.inputs)} inputs"
-            )
 
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The coefficient of each input, in the recipe's order."""
+        return tuple(each.coefficient for each in self.inputs)
 
-def divided_by(method: str, coefficients: Sequence[float]) -> float:
-    """What a method divides Σ α_i τ_i by beyond the number of inputs: the mean α for ``average``, else 1.
-
-    The bot clips updates by their coefficients; a recipe's scale must give back what is divided away.
-
-    >>> divided_by("average", (1.0, 0.5)), divided_by("task_arithmetic", (1.0, 0.5))
-    (0.75, 1.0)
-    """
-    return sum(coefficients) / len(coefficients) if method == "average" else 1.0
+    @property
+    def order(self) -> list[int]:
+        """Positions of the inputs in the canonical order of every sum: by name, then by coefficient."""
+        return sorted(range(len(self.inputs)), key=self.inputs.__getitem__)
 
 
 def to_json(value: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 registers bfloat16 with numpy
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from hubfusion.lineage import Input, Option, Recipe
 
 TRUNK = {
     "embeddings.word_embeddings.weight": (11, 4),
@@ -63,3 +65,17 @@ def family(folder: Path, k: int, dtype: str = "float32") -> tuple[Path, list[Pat
     base = trunk(100, dtype)
     inputs = [save(folder / str(i), trunk(i, dtype, shift=base)) for i in range(k)]
     return save(folder / "base", base), inputs
+
+
+def recipe_of(
+    models: Sequence[str],
+    coefficients: Sequence[float] = (),
+    method: str = "average",
+    options: tuple[tuple[str, Option], ...] = (),
+    *,
+    base: str = "base",
+    **fields,
+) -> Recipe:
+    """A recipe over named models; coefficients are 1 unless given."""
+    inputs = tuple(Input(m, c) for m, c in zip(models, coefficients or (1.0,) * len(models), strict=True))
+    return Recipe(base, inputs, method, options, **fields)

@@ -12,7 +12,7 @@ import pytest
 from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.fuse import fuse
 from hubfusion.hub import Change, Hub, connect
-from hubfusion.lineage import Contribution, Recipe, RemoteFile, Revision, dumps
+from hubfusion.lineage import Contributed, Contribution, Input, Recipe, RemoteFile, Revision, dumps
 from hubfusion.release.gate import Decision
 from hubfusion.release.manifest import FILE, Manifest
 from hubfusion.release.signature import SIGNATURE, Keyless, sign
@@ -77,7 +77,8 @@ class World:
             read = tuple(f for f in self.hub.files(pushed) if f.path == WEIGHTS)
             contributions.append(Contribution(pushed, author, self.head, "mit", ("org/news",), 600, read))
             paths.append(write_folder(at / author, {WEIGHTS: data}))
-        recipe = Recipe(self.head, tuple(c.revision for c in contributions), tuple(1.0 + i for i in range(len(paths))))
+        inputs = tuple(Input(each.revision.pinned, 1.0 + i) for i, each in enumerate(contributions))
+        recipe = Recipe(self.head.pinned, inputs)
         self.publish(recipe, contributions, paths, number)
 
     def publish(
@@ -86,11 +87,13 @@ class World:
         """Fuse by a recipe over the newest version and make the result the next one."""
         at = self.folder / f"made-{number}"
         base = write_folder(at / "from", {WEIGHTS: self.read(self.head, WEIGHTS)})
-        written = fuse(recipe, base, paths, at / "out").files
-        made = tuple(RemoteFile(f.name, f.size, "0" * 40, f.sha256) for f in written)
+        fused = fuse(recipe, base, paths, at / "out")
+        made = tuple(RemoteFile(f.name, f.size, "0" * 40, f.sha256) for f in fused.files)
+        norms = {each.input.model: each.norm or 0.0 for each in fused.inputs}
+        contributed = tuple(Contributed(each, norms[each.revision.pinned]) for each in contributions)
         decision, parent = Decision(True, 0.4, (), "better by 0.4"), f"v{number - 1}"
         manifest = Manifest(
-            number, f"v{number}", parent, f"nonce-{number}", recipe, tuple(contributions), made, ("org/news",),
+            number, f"v{number}", parent, f"nonce-{number}", recipe, contributed, made, ("org/news",),
             scores("base"), scores("candidate"), decision, {"python": "3.11"},
         )  # fmt: skip
         files: dict[str, bytes] = {"config.json": config(), FILE: dumps(manifest).encode()}

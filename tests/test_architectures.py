@@ -19,7 +19,8 @@ from hubfusion.checkpoint import open_checkpoint
 from hubfusion.checkpoint.backbone import match, read_backbone
 from hubfusion.checkpoint.model_types import find_model_type
 from hubfusion.errors import FusionError
-from hubfusion.fuse import Plan, fuse
+from hubfusion.fuse import fuse
+from tests.checkpoints import recipe_of
 from tests.architectures import models, task_classes, tiny_config
 
 PRETRAINING = ("MaskedLM", "CausalLM", "Seq2SeqLM", "PreTraining")

@@ -5,7 +5,18 @@ import json
 import pytest
 
 from hubfusion.errors import FusionError
-from hubfusion.lineage import Contribution, Reason, Recipe, Rejected, RemoteFile, Revision, dumps, from_json, loads
+from hubfusion.lineage import (
+    Contribution,
+    Input,
+    Reason,
+    Recipe,
+    Rejected,
+    RemoteFile,
+    Revision,
+    dumps,
+    from_json,
+    loads,
+)
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 BASE = Revision("ibm/base", SHA)
@@ -18,7 +29,8 @@ CONTRIBUTION = Contribution(
     examples=None,
     files=(RemoteFile("model.safetensors", 12, "b" * 40, "c" * 64),),
 )
-RECIPE = Recipe(BASE, (CONTRIBUTION.revision,), (1.0,), "ties", (("density", 0.2), ("normalise", True)), 0.5)
+INPUT = Input(CONTRIBUTION.revision.pinned)
+RECIPE = Recipe(BASE.pinned, (INPUT,), "ties", (("density", 0.2), ("normalise", True)), 0.5)
 
 
 @pytest.mark.parametrize("value", [CONTRIBUTION, RECIPE, Rejected(BASE, "ibm", Reason.NOT_FINITE, "w[3] is NaN")])
@@ -30,7 +42,7 @@ def test_a_value_survives_the_way_to_json_and_back(value: object) -> None:
 
 
 def test_whole_numbers_are_read_as_the_floats_that_they_stand_for() -> None:
-    data = json.loads(dumps(RECIPE)) | {"scale": 1, "coefficients": [2]}
+    data = json.loads(dumps(RECIPE)) | {"scale": 1, "inputs": [{"model": "alice/model", "coefficient": 2}]}
     recipe = from_json(Recipe, data)
     assert (recipe.scale, recipe.coefficients) == (1.0, (2.0,))
     assert isinstance(recipe.scale, float)
@@ -43,11 +55,10 @@ def test_whole_numbers_are_read_as_the_floats_that_they_stand_for() -> None:
         ({"scale": "one"}, r"^\$\.scale: a number is needed, got 'one'$"),
         ({"scale": True}, r"^\$\.scale: a number is needed, got True$"),
         ({"inputs": "alice/model"}, r"^\$\.inputs: a list is needed"),
-        ({"inputs": [{"repo": "alice/model", "sha": "main"}]}, r"sha must be 40 hexadecimal digits, got 'main'"),
-        ({"inputs": [{"repo": "../etc/passwd", "sha": SHA}]}, r"repository must be owner/name"),
-        ({"base": {"repo": "ibm/base"}}, r"^\$\.base: key 'sha' is missing$"),
+        ({"inputs": [{"coefficient": 2}]}, r"^\$\.inputs\[0\]: key 'model' is missing$"),
+        ({"base": {"repo": "ibm/base"}}, r"^\$\.base: a text is needed"),
         ({"options": [["density"]]}, r"^\$\.options\[0\]: 2 entries are needed, got 1$"),
-        ({"coefficients": []}, r"one coefficient per input, got 0 for 1 inputs"),
+        ({"inputs": []}, r"at least one input is needed, got none"),
     ],
 )
 def test_json_that_does_not_fit_is_refused_with_its_path(change: dict[str, object], message: str) -> None:
@@ -64,7 +75,7 @@ def test_an_unknown_reason_is_refused_with_those_that_there_are() -> None:
 
 def test_nan_never_gets_into_json() -> None:
     with pytest.raises(ValueError, match="Out of range float"):
-        dumps(Recipe(BASE, (BASE,), (float("nan"),)))
+        dumps(Recipe("base", (Input("one", float("nan")),)))
 
 
 def test_text_that_is_no_json_names_its_file() -> None:
@@ -74,10 +85,22 @@ def test_text_that_is_no_json_names_its_file() -> None:
 
 def test_a_recipe_without_inputs_is_refused() -> None:
     with pytest.raises(FusionError, match="at least one input is needed, got none"):
-        Recipe(BASE, (), ())
+        Recipe("base", ())
 
 
 def test_revisions_order_by_repository_then_commit_and_print_short() -> None:
     later = Revision("ibm/base", "f" * 40)
     assert sorted([later, CONTRIBUTION.revision, BASE]) == [CONTRIBUTION.revision, BASE, later]
     assert str(BASE) == "ibm/base@0123456789ab"
+
+
+def test_a_pinned_name_is_read_back_and_nothing_else_is() -> None:
+    assert BASE.pinned == f"ibm/base@{SHA}" and Revision.parse(BASE.pinned) == BASE == Input(BASE.pinned).revision
+    for name in ("ibm/base", "ibm/base@main", f"/folder/ibm/base@{SHA}", f"../passwd@{SHA}", f"ibm/base@{SHA}0", SHA):
+        with pytest.raises(FusionError, match="a model must be pinned as owner/name@<40 hexadecimal digits>, got "):
+            assert Input(name).revision is None
+
+
+def test_the_canonical_order_is_by_name_then_coefficient_whatever_the_order_given() -> None:
+    recipe = Recipe("base", (Input("b", 2.0), Input("a", 3.0), Input("b", 1.0)))
+    assert recipe.order == [1, 2, 0] and recipe.coefficients == (2.0, 3.0, 1.0)

@@ -94,7 +94,7 @@ def test_a_whole_iteration_through_the_real_commands(place: Place, tmp_path: Pat
     assert "promoted" in place.run("bot", "iterate", "--publish", user=BOT)
     manifest = manifest_at(hub, hub.resolve(BASE, "v1"))
     assert manifest is not None
-    assert [(c.author, c.examples, c.datasets) for c in manifest.contributions] == [
+    assert [(c.author, c.examples, c.datasets) for c in (each.contribution for each in manifest.contributions)] == [
         ("alice", 54, ("demo/news",)),
         ("bob", 54, ("demo/mail",)),
     ]

@@ -15,6 +15,7 @@ from bot import iteration, worker
 from bot.config import Config, Evaluating, Fusing
 from bot.founding import found_base
 from bot.iteration import Iteration, Run, run_iteration
+from bot.job import CandidateJob, Outcome
 from bot.ledger import Ledger, read_ledger
 from hubfusion.contribute import Offer, offer_metadata, with_metadata
 from hubfusion.evaluate import units as evaluation
@@ -105,15 +106,17 @@ class World:
         return [d.title for d in HfApi(endpoint=self.server.endpoint, token=False).get_repo_discussions(repo)]
 
 
-def work_here(job: worker.Job, work: Path, *rest: object) -> worker.Outcome:
+def work_here(job: CandidateJob, work: Path, *rest: object) -> Outcome:
     """Do the job in this process, in place of `bot.dispatch.dispatch`."""
     folder = work / "job"
     folder.mkdir(parents=True, exist_ok=True)
     return worker.work(job, folder)
 
 
-def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> World:
-    """Found the base of two layers and let `dispatch` do its job in this process, with scores that the world sets."""
+def make_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: Path | None = None, **options: object
+) -> World:
+    """Found a base, of two layers unless given; `dispatch` does its job in this process, with the world's scores."""
     (tmp_path / "suite.toml").write_text(SUITE)
     config = Config(
         base=BASE,
@@ -138,7 +141,7 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: objec
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(evaluation, "resolve", lambda dataset: "0" * 40)
     monkeypatch.setattr(iteration, "dispatch", work_here)
-    pretrained = tiny.write_folder(
+    pretrained = pretrained or tiny.write_folder(
         tmp_path / "pretrained",
         {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.base_tensors()), "vocab.txt": b"a\nb\n"},
     )

@@ -17,8 +17,8 @@ from hubfusion.errors import CheckpointError, RecipeError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from hubfusion.fuse.recipe import FuseRecipe
-    from hubfusion.lineage import Option
+    from hubfusion.fuse.recipe import ReadRecipe
+    from hubfusion.lineage import Option, Recipe
 
 
 def fuse(args: Sequence[str] | None) -> None:
@@ -29,8 +29,8 @@ def fuse(args: Sequence[str] | None) -> None:
     from hubfusion.fuse.inputs import fetched
 
     given = parse(args)
-    recipe = _from_file(Path(given.models[0]), given) if len(given.models) == 1 else _from_arguments(given)
-    for note in recipe.notes:
+    read = _from_file(Path(given.models[0]), given) if len(given.models) == 1 else _from_arguments(given)
+    for note in read.notes:
         print(f"note: {note}", file=sys.stderr)
     _check_device(given.device)
     settings = engine.Settings(
@@ -42,16 +42,16 @@ def fuse(args: Sequence[str] | None) -> None:
         by_norm = given.coefficients == "inverse-norm" and len(given.models) > 1
         once = not by_norm and given.device is None
         bar, token = stack.enter_context(bars()), os.environ.get("HF_TOKEN")
-        found = stack.enter_context(fetched(recipe, given.endpoint, token, bar("download"), once=once))
+        found = stack.enter_context(fetched(read.recipe, given.endpoint, token, bar("download"), once=once))
         recipe = found.recipe
         if by_norm:
             recipe = _inverse_norm(recipe, found.base, found.inputs)
-        tell = bar(f"fuse by {recipe.plan.method}")
-        work = partial(engine.fuse, recipe.plan, found.base, found.inputs)
+        tell = bar(f"fuse by {recipe.method}")
+        work = partial(engine.fuse, recipe, found.base, found.inputs)
         if found.arrivals:
             from hubfusion.fuse.incremental import fuse_arriving
 
-            work = partial(fuse_arriving, recipe.plan, found.base, found.arrivals)
+            work = partial(fuse_arriving, recipe, found.base, found.arrivals)
         fused = work(given.out, state=found.state, settings=settings, on_event=lambda e: tell(e.done, e.total))
         finish(recipe, found.base, fused, given.out)
     print(f"{given.out}: {len(fused.fused)} parameters of {len(found.inputs)} finetunes fused, {len(fused.kept)} kept")
@@ -138,7 +138,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _from_file(path: Path, given: Namespace) -> FuseRecipe:
+def _from_file(path: Path, given: Namespace) -> ReadRecipe:
     from hubfusion.fuse.recipe import read_recipe
 
     if path.is_dir():
@@ -149,40 +149,48 @@ def _from_file(path: Path, given: Namespace) -> FuseRecipe:
     return read_recipe(path)
 
 
-def _from_arguments(given: Namespace) -> FuseRecipe:
-    from hubfusion.fuse import Plan
+def _from_arguments(given: Namespace) -> ReadRecipe:
     from hubfusion.fuse.methods import METHODS
     from hubfusion.fuse.outer import OUTERS
-    from hubfusion.fuse.recipe import FuseRecipe
+    from hubfusion.fuse.recipe import ReadRecipe, check_recipe
+    from hubfusion.lineage import Input, Recipe
 
-    places = [str(Path(n).resolve()) if Path(n).exists() else n for n in given.models]
-    plan = Plan(
-        tuple(places[1:]),
-        _coefficients(given.coefficients, len(places) - 1),
+    base, *models = [str(Path(name).resolve()) if Path(name).exists() else name for name in given.models]
+    coefficients = _coefficients(given.coefficients, len(models))
+    recipe = Recipe(
+        base,
+        tuple(map(Input, models, coefficients)),
         given.method,
         _typed(given.options, METHODS[given.method].options, given.method),
         given.scale,
         given.outer,
         _typed(given.outer_options, OUTERS[given.outer].options, given.outer),
+        given.state,
     )
-    return FuseRecipe(places[0], plan, given.state)
+    check_recipe(recipe)
+    return ReadRecipe(recipe)
 
 
 def _coefficients(text: str, inputs: int) -> tuple[float, ...]:
     if text in ("uniform", "inverse-norm"):
         return (1.0,) * inputs
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise RecipeError(f"coefficients must be uniform, inverse-norm or numbers 1,2,0.5, got {text!r}") from None
+    if len(numbers) != inputs:
+        raise RecipeError(f"one coefficient per input, got {len(numbers)} for {inputs} inputs")
+    return numbers
 
 
-def _inverse_norm(recipe: FuseRecipe, base: Path, inputs: Sequence[Path]) -> FuseRecipe:
+def _inverse_norm(recipe: Recipe, base: Path, inputs: Sequence[Path]) -> Recipe:
     from dataclasses import replace
 
     from hubfusion.fuse.coefficients import by_inverse_norm, delta_norms
+    from hubfusion.lineage import Input
 
-    return replace(recipe, plan=replace(recipe.plan, coefficients=by_inverse_norm(delta_norms(base, inputs))))
+    coefficients = by_inverse_norm(delta_norms(base, inputs))
+    return replace(recipe, inputs=tuple(map(Input, (each.model for each in recipe.inputs), coefficients)))
 
 
 def _typed(options: Mapping[str, str], known: Mapping[str, Option], where: str) -> tuple[tuple[str, Option], ...]:

@@ -158,7 +158,7 @@ def lineage(
         made = f"{manifest.recipe.method} of {len(manifest.contributions)}" if manifest else "no manifest: the start"
         print(f"{ancestor.version}  {ancestor.revision}  {made}")
         for each in manifest.contributions if manifest else ():
-            print(f"    {each.revision}  {each.license}  {', '.join(each.datasets)}")
+            print(f"    {each.revision}  {each.contribution.license}  {', '.join(each.contribution.datasets)}")
 
 
 @app.command()

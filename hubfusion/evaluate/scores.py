@@ -105,9 +105,9 @@ class Scores:
         known = ", ".join(f"{s.dataset} ({s.protocol})" for s in self.entries) or "nothing"
         raise EvaluationError(f"scores of {self.model}: no {dataset} ({protocol}), there is {known}")
 
-    def mean(self, protocol: str) -> float:
-        """Mean over datasets of the means over seeds under one protocol, percent."""
-        means = [s.mean for s in self.entries if s.protocol == protocol]
+    def mean(self, protocol: str | None = None) -> float:
+        """Mean over datasets of the means over seeds under one protocol (None: under all), percent."""
+        means = [s.mean for s in self.entries if protocol in (None, s.protocol)]
         if not means:
             raise EvaluationError(f"scores of {self.model}: nothing under protocol {protocol}")
         return float(np.mean(means))

@@ -9,7 +9,6 @@ repository and commit), deltas are float32 (float64 when any file is), and the r
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,66 +33,14 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse.first_pass import Keywords, survey
 from hubfusion.fuse.methods import METHODS, Method
 from hubfusion.fuse.outer import OUTERS, STATE_FILE, Stepping, open_stepping
-from hubfusion.lineage import Option, Recipe
+from hubfusion.fuse.recipe import check_recipe
+from hubfusion.lineage import Input, Recipe
 from hubfusion.parallel import counter, spread
 
 DEVICE_ENTRIES = 1 << 23
 ON_DEVICE = ("base", "fishers")
-KIND_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to do with k inputs, without saying where they are: the numbers of a recipe.
-
-    ``labels`` name the inputs; their sorted order is the canonical order of every sum.
-    """
-
-    labels: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    method: str = "average"
-    options: tuple[tuple[str, Option], ...] = ()
-    scale: float = 1.0
-    outer: str = "plain"
-    outer_options: tuple[tuple[str, Option], ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse unknown methods, options, and numbers that are not finite."""
-        if self.method not in METHODS:
-            raise RecipeError(f"method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
-        if self.outer not in OUTERS:
-            raise RecipeError(f"outer must be one of {', '.join(sorted(OUTERS))}, got {self.outer!r}")
-        _check_options(self.method, METHODS[self.method].options, self.options)
-        _check_options(self.outer, OUTERS[self.outer].options, self.outer_options)
-        if len(self.coefficients) != len(self.labels):
-            raise RecipeError(f"one coefficient per input, got {len(self.coefficients)} for {len(self.labels)} inputs")
-        for number in (*self.coefficients, self.scale):
-            if not math.isfinite(number):
-                raise RecipeError(f"{self.method}: coefficients and scale must be finite, got {number}")
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Plan:
-        """Return the plan of a lineage recipe: labels are ``owner/name@sha``."""
-        labels = tuple(f"{r.repo}@{r.sha}" for r in recipe.inputs)
-        outer = (recipe.outer, recipe.outer_options)
-        return cls(labels, recipe.coefficients, recipe.method, recipe.options, recipe.scale, *outer)
-
-    @property
-    def order(self) -> list[int]:
-        """Positions of the inputs in canonical order."""
-        return sorted(range(len(self.labels)), key=lambda i: (self.labels[i], self.coefficients[i]))
-
-
-def _check_options(where: str, known: Mapping[str, Option], options: Sequence[tuple[str, Option]]) -> None:
-    for name, value in options:
-        if name not in known:
-            allowed = ", ".join(sorted(known)) or "none"
-            raise RecipeError(f"{where}: unknown option {name!r}, allowed are {allowed}")
-        kind = type(known[name])
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise RecipeError(f"{where}: {name} must be {KIND_WORDS[kind]}, got {value!r:.60}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,25 +70,32 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """What a fuse wrote and saw.
+class FusedInput:
+    """What a fuse saw of one input: the L2 norm of its delta over the fused parameters (None: not measured).
 
-    ``norms`` are the L2 norms of the k deltas over the fused parameters, in the recipe's order (None: not measured);
-    ``kept`` are base parameters that were copied as they are, ``dropped`` each input's own heads.
+    ``dropped`` names the parameters that only this model has, such as its task head.
     """
 
+    input: Input
+    norm: float | None
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What a fuse wrote and saw: ``inputs`` in the recipe's order, ``kept`` base parameters copied as they are."""
+
     files: tuple[WrittenFile, ...]
-    norms: tuple[float | None, ...]
+    inputs: tuple[FusedInput, ...]
     fused: tuple[str, ...]
     kept: tuple[str, ...]
-    dropped: tuple[tuple[str, ...], ...]
 
 
 Listener = Callable[[Progress], None]
 
 
 def fuse(
-    recipe: Recipe | Plan,
+    recipe: Recipe,
     base: Path,
     inputs: Sequence[Path | Source],
     out: Path,
@@ -151,7 +105,7 @@ def fuse(
     on_event: Listener | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> Fused:
-    """Fuse ``inputs`` (in the recipe's order) into ``base`` and write the weights to the folder ``out``.
+    """Fuse ``inputs`` (one for each of the recipe's) into ``base`` and write the weights to the folder ``out``.
 
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
     pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
@@ -160,43 +114,44 @@ def fuse(
     is open and matched and (unless the method needs a first pass) no delta was read. Raises `CheckpointError` for
     files that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
-    plan = Plan.of(recipe) if isinstance(recipe, Recipe) else recipe
+    check_recipe(recipe)
     settings = settings or Settings()
-    if len(inputs) != len(plan.labels):
-        raise RecipeError(f"recipe has {len(plan.labels)} inputs, {len(inputs)} paths came")
+    if len(inputs) != len(recipe.inputs):
+        raise RecipeError(f"recipe has {len(recipe.inputs)} inputs, {len(inputs)} paths came")
     refuse_same_place(out, [base, *(i if isinstance(i, Path) else i.path for i in inputs)])
-    if state is None and OUTERS[plan.outer].slots and (base / STATE_FILE).is_file():
+    if state is None and OUTERS[recipe.outer].slots and (base / STATE_FILE).is_file():
         state = base
-    order = plan.order
+    order = recipe.order
     with ExitStack() as stack:
         models = stack.enter_context(open_models(base, [inputs[i] for i in order]))
         workers = models.workers(settings.workers)
-        keywords = survey(plan.method, dict(plan.options), models, stack, workers)
+        keywords = survey(recipe.method, dict(recipe.options), models, stack, workers)
         specs = list(models.base.parameters.values())
         steps = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with (
-            open_stepping(plan.outer, dict(plan.outer_options), state, out, steps, settings.digest) as stepping,
+            open_stepping(recipe.outer, dict(recipe.outer_options), state, out, steps, settings.digest) as stepping,
             write_checkpoint(out, specs, max_shard_bytes=settings.max_shard_bytes, digest=settings.digest) as writing,
         ):
-            work = _Work(plan, models, writing, stepping, keywords, settings, on_event)
+            work = _Work(recipe, models, writing, stepping, keywords, settings, on_event)
             if prepare:
                 prepare()
             work.copy_kept()
             entries = settings.chunk or work.chunk()
-            pieces = models.ranges(entries, METHODS[plan.method].granularity)
+            pieces = models.ranges(entries, METHODS[recipe.method].granularity)
             for where, squares in spread(pieces, work.start, workers, fork=settings.device is None):
                 work.took(where, squares)
-        norms = work.norms()
-        back = np.argsort(order)
-        fused = Fused(
-            (*writing.written, *stepping.written),
-            tuple(norms[i] for i in back),
-            models.fused,
-            models.kept,
-            tuple(models.sources[i].dropped for i in back),
-        )
-    log.info("fused %d inputs by %s: %d parameters", len(inputs), plan.method, len(models.fused))
+        seen = in_given_order(recipe, work.norms(), [source.dropped for source in models.sources])
+        fused = Fused((*writing.written, *stepping.written), seen, models.fused, models.kept)
+    log.info("fused %d inputs by %s: %d parameters", len(inputs), recipe.method, len(models.fused))
     return fused
+
+
+def in_given_order(
+    recipe: Recipe, norms: Sequence[float | None], dropped: Sequence[tuple[str, ...]]
+) -> tuple[FusedInput, ...]:
+    """What was seen of the inputs in canonical order, in the order of the recipe."""
+    seen = {i: FusedInput(recipe.inputs[i], norms[n], dropped[n]) for n, i in enumerate(recipe.order)}
+    return tuple(seen[i] for i in range(len(seen)))
 
 
 def refuse_same_place(out: Path, sources: Sequence[Path]) -> None:
@@ -215,7 +170,7 @@ class _Work:
 
     def __init__(
         self,
-        plan: Plan,
+        recipe: Recipe,
         models: Models,
         writing: Writing,
         stepping: Stepping,
@@ -225,12 +180,12 @@ class _Work:
     ) -> None:
         self.models, self.writing, self.keywords = models, writing, keywords
         self.stepping, self.device = stepping, settings.device
-        self.method: Method = METHODS[plan.method]
+        self.method: Method = METHODS[recipe.method]
         self.wants_norms = settings.norms
         self.measured = settings.norms or not self.method.is_sum  # elsewhere the norms show what is not finite
-        self.options: Mapping[str, Any] = dict(plan.options)
-        self.scale = plan.scale
-        self.coefficients = [plan.coefficients[i] for i in plan.order]
+        self.options: Mapping[str, Any] = dict(recipe.options)
+        self.scale = recipe.scale
+        self.coefficients = [recipe.inputs[i].coefficient for i in recipe.order]
         self.count = counter(
             models.entries, (lambda done, total: on_event(Progress(done, total))) if on_event else None
         )

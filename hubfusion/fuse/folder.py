@@ -13,8 +13,8 @@ from hubfusion.checkpoint import MANIFEST
 from hubfusion.fuse.engine import Fused
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.outer import OUTERS, STATE_FILE
-from hubfusion.fuse.recipe import FuseRecipe, write_recipe
-from hubfusion.lineage import dumps
+from hubfusion.fuse.recipe import write_recipe
+from hubfusion.lineage import Recipe, dumps, to_json
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -23,7 +23,7 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def finish(recipe: FuseRecipe, base: Path, fused: Fused, out: Path) -> None:
+def finish(recipe: Recipe, base: Path, fused: Fused, out: Path) -> None:
     """Copy the base's companions, then write ``recipe.toml``, ``README.md`` and, last, ``fusion.json``.
 
     The manifest's existence means that the folder is whole. What an older fuse in this folder left and this one does
@@ -47,18 +47,18 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def manifest_text(recipe: FuseRecipe, fused: Fused) -> str:
+def manifest_text(recipe: Recipe, fused: Fused) -> str:
     """JSON of what was fused, how, and what came out; the same fuse gives the same text."""
-    plan = recipe.plan
-    rows = zip(plan.labels, plan.coefficients, fused.norms, fused.dropped, strict=True)
     data = {
         "hubfusion": hubfusion.__version__,
         "base": recipe.base,
-        "method": plan.method,
-        "options": {**METHODS[plan.method].options, **dict(plan.options)},
-        "scale": plan.scale,
-        "outer": {"name": plan.outer, "state": recipe.state, **dict(plan.outer_options)},
-        "inputs": [{"model": m, "coefficient": c, "delta_norm": n, "dropped": list(d)} for m, c, n, d in rows],
+        "method": recipe.method,
+        "options": {**METHODS[recipe.method].options, **dict(recipe.options)},
+        "scale": recipe.scale,
+        "outer": {"name": recipe.outer, "state": recipe.state, **dict(recipe.outer_options)},
+        "inputs": [
+            {**to_json(each.input), "delta_norm": each.norm, "dropped": list(each.dropped)} for each in fused.inputs
+        ],
         "fused_parameters": len(fused.fused),
         "kept_from_base": list(fused.kept),
         "files": list(fused.files),
@@ -132,22 +132,24 @@ What holds for all of them:
 """
 
 
-def card_text(recipe: FuseRecipe, fused: Fused) -> str:
+def card_text(recipe: Recipe, fused: Fused) -> str:
     """Model card: what was fused, by which formula, and how to do it again."""
-    plan = recipe.plan
-    sources = [recipe.base, *plan.labels]
+    sources = [recipe.base, *(each.model for each in recipe.inputs)]
     ids = [m.split("@")[0] for m in sources if not Path(m).is_absolute()]
     front = ["---", "library_name: transformers", "tags:", "- merge", "- hubfusion"]
     front += ["base_model:", *(f"- {json.dumps(i)}" for i in dict.fromkeys(ids))] if ids else []
-    options = ", ".join(f"{k} = {v}" for k, v in plan.options) or "its defaults"
-    norms = ["not measured" if n is None else f"{n:.4g}" for n in fused.norms]
-    rows = [f"| `{m}` | {c:g} | {n} |" for m, c, n in zip(plan.labels, plan.coefficients, norms, strict=True)]
+    options = ", ".join(f"{k} = {v}" for k, v in recipe.options) or "its defaults"
+    rows = [
+        f"| `{each.input.model}` | {each.input.coefficient:g} | "
+        f"{'not measured' if each.norm is None else f'{each.norm:.4g}'} |"
+        for each in fused.inputs
+    ]
     kept = f" {len(fused.kept)} more are the base's own." if fused.kept else ""
     return "\n".join(
         [
-            *front, "---", "", f"# {len(plan.labels)} finetunes of `{recipe.base}`, fused", "",
-            f"{METHODS[plan.method].summary} (`{plan.method}` with {options}; scale {plan.scale:g}; outer optimizer "
-            f"`{plan.outer}`).", "",
+            *front, "---", "", f"# {len(recipe.inputs)} finetunes of `{recipe.base}`, fused", "",
+            f"{METHODS[recipe.method].summary} (`{recipe.method}` with {options}; scale {recipe.scale:g}; "
+            f"outer optimizer `{recipe.outer}`).", "",
             f"{len(fused.fused)} parameters are fused.{kept} Task heads are not fused: train a new one.", "",
             "| finetune | coefficient | norm of its delta |", "|---|---:|---:|", *rows, "",
             "`hubfusion fuse recipe.toml --out DIR` gives the same bytes; `fusion.json` has their sha256.", "",

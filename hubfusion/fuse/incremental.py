@@ -28,9 +28,11 @@ from hubfusion.checkpoint.deltas import (
     square,
 )
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse.engine import Fused, Listener, Plan, Progress, Settings, fuse, refuse_same_place
+from hubfusion.fuse.engine import Fused, Listener, Progress, Settings, fuse, in_given_order, refuse_same_place
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.methods.linear import Sum, add_up
+from hubfusion.fuse.recipe import check_recipe
+from hubfusion.lineage import Input, Recipe
 from hubfusion.parallel import counter, spread
 
 SUM = "sum.safetensors"
@@ -81,14 +83,14 @@ class _Added:
         self.checkpoint.read(name, first, out)
 
 
-def sum_of(plan: Plan) -> Sum | None:
-    """What a plan adds up, in canonical order; None when its method must know the deltas before."""
-    find = METHODS[plan.method].as_sum
-    return find([plan.coefficients[i] for i in plan.order], **dict(plan.options)) if find else None
+def sum_of(recipe: Recipe) -> Sum | None:
+    """What a recipe adds up, in canonical order; None when its method must know the deltas before."""
+    find = METHODS[recipe.method].as_sum
+    return find([recipe.inputs[i].coefficient for i in recipe.order], **dict(recipe.options)) if find else None
 
 
 def fuse_arriving(
-    plan: Plan,
+    recipe: Recipe,
     base: Path,
     arrivals: Arrivals,
     out: Path,
@@ -104,11 +106,12 @@ def fuse_arriving(
     more for writing.
     Raises `RecipeError` for a method that is no sum.
     """
+    check_recipe(recipe)
     settings, tell = settings or Settings(), on_event or (lambda event: None)
-    total, back = sum_of(plan), np.argsort(plan.order)
+    total = sum_of(recipe)
     if total is None or settings.device is not None:
         raise RecipeError(
-            f"{plan.method}: needs its inputs more than once, or a device; they cannot be added one by one"
+            f"{recipe.method}: needs its inputs more than once, or a device; they cannot be added one by one"
         )
     refuse_same_place(out, [base, *(k for k in arrivals.known if isinstance(k, Path))])
     with open_models(base, arrivals.known) as models:
@@ -119,7 +122,7 @@ def fuse_arriving(
         with write_checkpoint(arrivals.room, specs, single=SUM, digest=False) as writing:
             folding = _Folding(models, total, writing, settings, models.workers(settings.workers), count)
             fused = fuse(
-                replace(plan, labels=(SUM,), coefficients=(1.0,)),
+                replace(recipe, inputs=(Input(SUM),)),
                 base,
                 [_Added(folding.so_far, models.dtype is np.float64)],
                 out,
@@ -128,9 +131,9 @@ def fuse_arriving(
                 on_event=lambda event: tell(Progress(work + event.done, work + entries)),
                 prepare=lambda: folding.add_all(arrivals.batches),
             )
-        norms = folding.norms if settings.norms else [None] * len(back)
-        dropped = [source.dropped for source in models.sources]
-    return replace(fused, norms=tuple(norms[i] for i in back), dropped=tuple(dropped[i] for i in back))
+        norms = folding.norms if settings.norms else [None] * len(models.sources)
+        seen = in_given_order(recipe, norms, [source.dropped for source in models.sources])
+    return replace(fused, inputs=seen)
 
 
 @dataclass(frozen=True, slots=True)

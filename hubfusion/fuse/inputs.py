@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,13 @@ from hubfusion.fuse.first_pass import ACTIVATIONS_FILE, FISHER_FILE
 from hubfusion.fuse.folder import COMPANIONS
 from hubfusion.fuse.methods import METHODS, Need
 from hubfusion.fuse.outer import OUTERS, STATE_FILE
-from hubfusion.fuse.recipe import MODEL_ID, FuseRecipe
+from hubfusion.fuse.recipe import MODEL_ID
 from hubfusion.parallel import counter
 
 if TYPE_CHECKING:
     from hubfusion.fuse.incremental import Arrivals
     from hubfusion.hub import Hub
-    from hubfusion.lineage import RemoteFile, Revision
+    from hubfusion.lineage import Recipe, RemoteFile, Revision
 
 WEIGHTS = re.compile(r"(model|adapter_model)\.safetensors|adapter_config\.json", re.ASCII)
 SHARDED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json", re.ASCII)
@@ -46,11 +47,19 @@ class Fetched:
     With ``arrivals`` not all ``inputs`` are there: `hubfusion.fuse.incremental.fuse_arriving` takes them as they come.
     """
 
-    recipe: FuseRecipe
+    recipe: Recipe
     base: Path
     inputs: tuple[Path, ...]
     state: Path | None
     arrivals: Arrivals | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A model by its pinned name (or the name of its folder), and the folder in which it lies."""
+
+    pinned: str
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class _Download:
 
 @contextmanager
 def fetched(
-    recipe: FuseRecipe, endpoint: str, token: str | None, tell: Tell | None = None, *, once: bool = False
+    recipe: Recipe, endpoint: str, token: str | None, tell: Tell | None = None, *, once: bool = False
 ) -> Iterator[Fetched]:
     """Fetch what is not here, `DOWNLOADS` files at a time, and remove it when the block ends.
 
@@ -74,12 +83,12 @@ def fetched(
     With ``once`` (nothing but the fuse, on the CPU, reads the inputs) and a method that just adds them up, inputs come
     during the fuse, `IN_FLIGHT` of them on the disk at a time, where that takes less of it.
     """
-    names = [recipe.base, *recipe.plan.labels, *([recipe.state] if recipe.state else [])]
+    names = [recipe.base, *(each.model for each in recipe.inputs), *([recipe.state] if recipe.state else [])]
     for name in names:
         if not Path(name).exists() and not MODEL_ID.fullmatch(name):
             raise RecipeError(f"{name}: neither a folder here nor owner/name[@revision]")
     if all(Path(n).exists() for n in names):
-        yield _with_places(recipe, names, [Path(n) for n in names])
+        yield _with_places(recipe, {name: _Place(name, Path(name)) for name in names})
         return
     from hubfusion.fuse.incremental import Arrivals  # only here: a fuse of folders must not pay for the import
     from hubfusion.hub import connect
@@ -87,16 +96,17 @@ def fetched(
     hub = connect(endpoint, token)
     with tempfile.TemporaryDirectory(prefix="hubfusion-") as folder, ThreadPoolExecutor(DOWNLOADS) as pool:
         root = Path(folder)
-        pinned, places, downloads = _look_up(hub, pool, recipe, names, root)
-        found = _with_places(recipe, pinned, places)
-        known = _later(hub, pool, found, places, downloads) if once else {}
+        places, downloads = _look_up(hub, pool, recipe, names, root)
+        found = _with_places(recipe, places)
+        uses = Counter(places[name].folder for name in names)
+        known = _later(hub, pool, found, uses, downloads) if once else {}
         first = [d for place, some in downloads.items() if place not in known for d in some]
         coming = {place: downloads[place] for place in known}
         _check_room(root, _size(first) + (_sum_bytes(known) + _held(coming) if coming else 0))
         with _downloading(hub, pool, counter(sum(map(_size, downloads.values())), tell)) as submit:
             jobs = submit(first)
             if coming:
-                order = [found.inputs[i] for i in found.recipe.plan.order]
+                order = [found.inputs[i] for i in found.recipe.order]
                 batches = _arrive(submit, order, coming)
                 found = replace(found, arrivals=Arrivals(tuple(known.get(p, p) for p in order), batches, root))
             for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
@@ -104,17 +114,20 @@ def fetched(
             yield found
 
 
-def _with_places(recipe: FuseRecipe, names: Sequence[str], places: Sequence[Path]) -> Fetched:
-    inputs = len(recipe.plan.labels)
-    plan = replace(recipe.plan, labels=tuple(names[1 : inputs + 1]))
-    state = names[inputs + 1] if recipe.state else None
-    found = replace(recipe, base=names[0], plan=plan, state=state)
-    return Fetched(found, places[0], tuple(places[1 : inputs + 1]), places[-1] if recipe.state else None)
+def _with_places(recipe: Recipe, places: Mapping[str, _Place]) -> Fetched:
+    """The recipe with every model pinned, and its folders; ``places`` are by the model's name in the recipe."""
+    inputs = tuple(replace(each, model=places[each.model].pinned) for each in recipe.inputs)
+    state = places[recipe.state] if recipe.state else None
+    pinned = replace(
+        recipe, base=places[recipe.base].pinned, inputs=inputs, state=state.pinned if state else recipe.state
+    )
+    folders = tuple(places[each.model].folder for each in recipe.inputs)
+    return Fetched(pinned, places[recipe.base].folder, folders, state.folder if state else None)
 
 
 def _look_up(
-    hub: Hub, pool: Executor, recipe: FuseRecipe, names: Sequence[str], root: Path
-) -> tuple[list[str], list[Path], dict[Path, list[_Download]]]:
+    hub: Hub, pool: Executor, recipe: Recipe, names: Sequence[str], root: Path
+) -> tuple[dict[str, _Place], dict[Path, list[_Download]]]:
     """Pin every id and list what must be fetched, by folder; one commit has one folder, whatever it is needed as."""
 
     def ask(name: str) -> tuple[Revision, dict[str, RemoteFile]] | None:
@@ -124,33 +137,31 @@ def _look_up(
         revision = hub.resolve(found["repo"], found["name"] or "main")
         return revision, {file.path: file for file in hub.files(revision)}
 
-    pinned: list[str] = []
-    places: list[Path] = []
+    places: dict[str, _Place] = {}
     downloads: dict[Path, dict[str, _Download]] = {}
     # The base's in this thread: what a first request imports is not imported in several, where a signal may lock them.
-    answers = [ask(names[0]), *pool.map(ask, names[1:])]
+    answers = chain([ask(names[0])], pool.map(ask, names[1:]))
     for number, (name, answer) in enumerate(zip(names, answers, strict=True)):
         if answer is None:
-            pinned.append(name)
-            places.append(Path(name))
+            places[name] = _Place(name, Path(name))
             continue
         revision, files = answer
-        pinned.append(f"{revision.repo}@{revision.sha}")
-        places.append(root / pinned[-1].replace("/", "@"))
-        wanted = downloads.setdefault(places[-1], {})
+        folder = root / revision.pinned.replace("/", "@")
+        places[name] = _Place(revision.pinned, folder)
+        wanted = downloads.setdefault(folder, {})
         for path in _needed(recipe, number, set(files)):
-            wanted[path] = _Download(revision, files[path], places[-1] / path)
-    return pinned, places, {place: list(wanted.values()) for place, wanted in downloads.items()}
+            wanted[path] = _Download(revision, files[path], folder / path)
+    return places, {folder: list(wanted.values()) for folder, wanted in downloads.items()}
 
 
-def _needed(recipe: FuseRecipe, number: int, files: set[str]) -> set[str]:
+def _needed(recipe: Recipe, number: int, files: set[str]) -> set[str]:
     """Files of one model that this recipe reads; number 0 is the base, then the inputs, then the state's revision."""
-    if number > len(recipe.plan.labels):
+    if number > len(recipe.inputs):
         return files & {STATE_FILE}
     wanted = {f for f in files if WEIGHTS.fullmatch(f) or (SINGLE not in files and SHARDED.fullmatch(f))}
     if number:
-        return wanted | files & {STATISTICS.get(METHODS[recipe.plan.method].needs, "")}
-    keeps_state = OUTERS[recipe.plan.outer].slots and not recipe.state
+        return wanted | files & {STATISTICS.get(METHODS[recipe.method].needs, "")}
+    keeps_state = OUTERS[recipe.outer].slots and not recipe.state
     return wanted | files & {*COMPANIONS, *([STATE_FILE] if keeps_state else [])}
 
 
@@ -233,7 +244,7 @@ def _peek(hub: Hub, downloads: Sequence[_Download]) -> _Remote | None:
 
 
 def _later(
-    hub: Hub, pool: Executor, found: Fetched, places: Sequence[Path], downloads: Mapping[Path, list[_Download]]
+    hub: Hub, pool: Executor, found: Fetched, uses: Mapping[Path, int], downloads: Mapping[Path, list[_Download]]
 ) -> dict[Path, _Remote]:
     """The headers of those inputs that may come during the fuse; none unless that takes a tenth less room.
 
@@ -241,11 +252,11 @@ def _later(
     """
     from hubfusion.fuse.incremental import sum_of
 
-    some = [p for p in found.inputs if p in downloads and Counter(places)[p] == 1]
-    if len(some) <= IN_FLIGHT or sum_of(found.recipe.plan) is None:
+    some = [p for p in found.inputs if p in downloads and uses[p] == 1]
+    if len(some) <= IN_FLIGHT or sum_of(found.recipe) is None:
         return {}
-    peeked = pool.map(lambda place: _peek(hub, downloads[place]), some)
-    known = {place: remote for place, remote in zip(some, peeked, strict=True) if remote}
+    peeked = pool.map(lambda place: (place, _peek(hub, downloads[place])), some)
+    known = {place: remote for place, remote in peeked if remote}
     coming = {place: downloads[place] for place in known}
     together = sum(map(_size, coming.values()))
     return known if _held(coming) + _sum_bytes(known) < 0.9 * together else {}

@@ -1,95 +1,121 @@
-"""Recipes as people write them: ``recipe.toml``, and mergekit's YAML for the methods that both have.
+"""Check recipes, and read them as people write them: ``recipe.toml``, and mergekit's YAML for what both can do.
 
-A recipe names a base, inputs with coefficients, a method with options, a scale and an outer optimizer. Models are
-local folders or Hub ids (``owner/name`` or ``owner/name@revision``).
+Models are local folders or Hub ids (``owner/name`` or ``owner/name@revision``).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hubfusion.errors import RecipeError
-from hubfusion.fuse.engine import Plan
-from hubfusion.lineage import Option
+from hubfusion.fuse.methods import METHODS
+from hubfusion.fuse.outer import OUTERS
+from hubfusion.lineage import Input, Option, Recipe
 
 MODEL_KEYS = ("model", "coefficient")
 TOP_KEYS = ("base", "method", "scale", "options", "outer", "inputs")
 
 
+KIND_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `RecipeError` for unknown methods, outer optimizers and options, and for numbers that are not finite."""
+    if recipe.method not in METHODS:
+        raise RecipeError(f"method must be one of {', '.join(sorted(METHODS))}, got {recipe.method!r}")
+    if recipe.outer not in OUTERS:
+        raise RecipeError(f"outer must be one of {', '.join(sorted(OUTERS))}, got {recipe.outer!r}")
+    _check_options(recipe.method, METHODS[recipe.method].options, recipe.options)
+    _check_options(recipe.outer, OUTERS[recipe.outer].options, recipe.outer_options)
+    for number in (*recipe.coefficients, recipe.scale):
+        if not math.isfinite(number):
+            raise RecipeError(f"{recipe.method}: coefficients and scale must be finite, got {number}")
+
+
+def _check_options(where: str, known: Mapping[str, Option], options: Sequence[tuple[str, Option]]) -> None:
+    for name, value in options:
+        if name not in known:
+            allowed = ", ".join(sorted(known)) or "none"
+            raise RecipeError(f"{where}: unknown option {name!r}, allowed are {allowed}")
+        kind = type(known[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise RecipeError(f"{where}: {name} must be {KIND_WORDS[kind]}, got {value!r:.60}")
+
+
 @dataclass(frozen=True, slots=True)
-class FuseRecipe:
-    """A recipe with its models as they were named: ``plan.labels`` are the inputs, in the order given.
+class ReadRecipe:
+    """A recipe from a file; ``notes`` say where one that was written for another tool is followed differently."""
 
-    ``notes`` say where a recipe written for another tool is followed differently.
-    """
-
-    base: str
-    plan: Plan
-    state: str | None = None
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
 
 
-def read_recipe(path: Path) -> FuseRecipe:
+def read_recipe(path: Path) -> ReadRecipe:
     """Read ``.toml`` as our recipe and ``.yml`` or ``.yaml`` as mergekit's; local folders are relative to the file.
 
-    Raises `RecipeError` naming the file and the key.
+    Raises `RecipeError` naming the file and the key, and for what `check_recipe` refuses.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     if path.suffix == ".toml":
-        return _read_toml(text, path)
-    if path.suffix in (".yml", ".yaml"):
-        return _read_mergekit(text, path)
-    raise RecipeError(f"{path}: a recipe ends with .toml, .yml or .yaml")
+        read = ReadRecipe(_read_toml(text, path))
+    elif path.suffix in (".yml", ".yaml"):
+        read = _read_mergekit(text, path)
+    else:
+        raise RecipeError(f"{path}: a recipe ends with .toml, .yml or .yaml")
+    check_recipe(read.recipe)
+    return read
 
 
-def _read_toml(text: str, path: Path) -> FuseRecipe:
+def _read_toml(text: str, path: Path) -> Recipe:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     _only(data, TOP_KEYS, str(path))
-    inputs = data.get("inputs")
-    if not isinstance(inputs, list) or not inputs:
+    entries = data.get("inputs")
+    if not isinstance(entries, list) or not entries:
         raise RecipeError(f"{path}: at least one [[inputs]] table is needed")
-    labels, coefficients = [], []
-    for number, entry in enumerate(inputs):
-        _only(entry, MODEL_KEYS, f"{path}: inputs[{number}]")
-        labels.append(_place(_get(entry, "model", str, f"{path}: inputs[{number}]"), path))
-        coefficients.append(_get(entry, "coefficient", float, f"{path}: inputs[{number}]", 1.0))
+    inputs = []
+    for number, entry in enumerate(entries):
+        where = f"{path}: inputs[{number}]"
+        _only(entry, MODEL_KEYS, where)
+        model = _place(_get(entry, "model", str, where), path)
+        inputs.append(Input(model, _get(entry, "coefficient", float, where, 1.0)))
     outer = dict(_get(data, "outer", dict, str(path), {}))
     name, state = outer.pop("name", "plain"), outer.pop("state", None)
-    plan = Plan(
-        tuple(labels),
-        tuple(coefficients),
+    return Recipe(
+        _place(_get(data, "base", str, str(path)), path),
+        tuple(inputs),
         _get(data, "method", str, str(path), "average"),
         tuple(sorted(_get(data, "options", dict, str(path), {}).items())),
         _get(data, "scale", float, str(path), 1.0),
         name,
         tuple(sorted(outer.items())),
+        _place(state, path) if state else None,
     )
-    return FuseRecipe(_place(_get(data, "base", str, str(path)), path), plan, _place(state, path) if state else None)
 
 
-def write_recipe(recipe: FuseRecipe) -> str:
+def write_recipe(recipe: Recipe) -> str:
     """Return the TOML text of a recipe; reading it gives the same recipe."""
-    plan = recipe.plan
-    lines = [f"base = {_toml(recipe.base)}", f"method = {_toml(plan.method)}", f"scale = {_toml(plan.scale)}"]
-    if plan.options:
-        lines += ["", "[options]", *(f"{k} = {_toml(v)}" for k, v in plan.options)]
-    if plan.outer != "plain" or plan.outer_options:
-        lines += ["", "[outer]", f"name = {_toml(plan.outer)}", *(f"{k} = {_toml(v)}" for k, v in plan.outer_options)]
+    lines = [f"base = {_toml(recipe.base)}", f"method = {_toml(recipe.method)}", f"scale = {_toml(recipe.scale)}"]
+    if recipe.options:
+        lines += ["", "[options]", *(f"{k} = {_toml(v)}" for k, v in recipe.options)]
+    if recipe.outer != "plain" or recipe.outer_options:
+        lines += ["", "[outer]", f"name = {_toml(recipe.outer)}"]
+        lines += [f"{k} = {_toml(v)}" for k, v in recipe.outer_options]
         lines += [f"state = {_toml(recipe.state)}"] if recipe.state else []
-    for label, coefficient in zip(plan.labels, plan.coefficients, strict=True):
-        lines += ["", "[[inputs]]", f"model = {_toml(label)}", f"coefficient = {_toml(coefficient)}"]
+    for each in recipe.inputs:
+        lines += ["", "[[inputs]]", f"model = {_toml(each.model)}", f"coefficient = {_toml(each.coefficient)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -119,7 +145,7 @@ def _get(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        words = {str: "a text", float: "a number", dict: "a table", list: "a list", bool: "true or false"}
+        words = {**KIND_WORDS, dict: "a table", list: "a list"}
         raise RecipeError(f"{where}: {key} must be {words[kind]}, got {value!r:.60}")
     return value
 
@@ -173,7 +199,7 @@ ONLY: Mapping[str, Mapping[str, object]] = {  # parameters that we know with one
 NO_EFFECT = {"karcher": ("max_iter", "tol")}
 
 
-def _read_mergekit(text: str, path: Path) -> FuseRecipe:
+def _read_mergekit(text: str, path: Path) -> ReadRecipe:
     import yaml
 
     try:
@@ -204,21 +230,25 @@ def _read_mergekit(text: str, path: Path) -> FuseRecipe:
         raise RecipeError(f"{path}: no model beside the base")
     tables = [own.get(name, {}) for name in names]
     shared = _get(data, "parameters", dict, str(path), {})
-    plan = _plan_of_mergekit(method, [_place(n, path) for n in names], shared, tables, str(path))
+    weights, options, scale = _numbers_of_mergekit(method, shared, tables, str(path))
     if method == "nuslerp" and base is not None:
-        plan = replace(plan, options=(("space", "deltas"),))
+        options["space"] = "deltas"
+    inputs = tuple(Input(_place(name, path), weight) for name, weight in zip(names, weights, strict=True))
+    ours = MERGEKIT[method].ours
+    recipe = Recipe(_place(base or names[0], path), inputs, ours, tuple(sorted(options.items())), scale)
     notes = [f"{method}: {MERGEKIT[method].note}"] if MERGEKIT[method].note else []
     if "dtype" in data or "out_dtype" in data:
         notes.append("dtype: sums are float32 (float64 for float64 files) and the result has the base's own dtypes")
-    return FuseRecipe(_place(base or names[0], path), plan, notes=tuple(notes))
+    return ReadRecipe(recipe, tuple(notes))
 
 
-def _plan_of_mergekit(
-    method: str, labels: list[str], shared: Mapping[str, Any], own: list[Mapping[str, Any]], where: str
-) -> Plan:
+def _numbers_of_mergekit(
+    method: str, shared: Mapping[str, Any], own: list[Mapping[str, Any]], where: str
+) -> tuple[list[float], dict[str, Option], float]:
+    """Coefficients of the models (whose own parameters are ``own``), options and scale."""
     known = MERGEKIT[method]
     _check_parameters(method, known, (shared, *own), where)
-    options = dict(known.fixed)
+    options: dict[str, Option] = dict(known.fixed)
     for theirs, name in known.renamed.items():
         values = {_number(t.get(theirs, shared.get(theirs, options.get(name))), theirs, where) for t in own}
         if len(values) > 1:
@@ -239,10 +269,10 @@ def _plan_of_mergekit(
         weights = [w / sum(weights) for w in weights]
     if method == "slerp":
         weights = _slerp_shares(shared.get("t", next((t["t"] for t in own if "t" in t), None)), where)
-    if len(weights) != len(labels):
-        raise RecipeError(f"{where}: {method} takes a base and one model, got {len(labels) - 1}")
+    if len(weights) != len(own):
+        raise RecipeError(f"{where}: {method} takes a base and one model, got {len(own) - 1}")
     scale = _number(shared.get("lambda", 1.0), "lambda", where) or 0.0
-    return Plan(tuple(labels), tuple(weights), known.ours, tuple(sorted(options.items())), scale)
+    return weights, options, scale
 
 
 def _slerp_shares(t: Any, where: str) -> list[float]:

@@ -103,7 +103,7 @@ def merge_metadata(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
 
 def base_card(old: Mapping[str, Any], manifest: Manifest, repo: str, endpoint: str) -> str:
     """The card of a new version: the base's own metadata with our tags and this version's data, tables, recipe."""
-    data = sorted({d for c in manifest.contributions for d in c.datasets})
+    data = sorted({d for c in manifest.contributions for d in c.contribution.datasets})
     metadata = merge_metadata(old, {"tags": ["cold-fusion", "model-recycling"], "datasets": data})
     rows = [
         {
@@ -118,8 +118,15 @@ def base_card(old: Mapping[str, Any], manifest: Manifest, repo: str, endpoint: s
         }
         for gain in compare(manifest.candidate_scores, manifest.base_scores).gains
     ]
-    worth = manifest.leave_one_out or (None,) * len(manifest.contributions)
-    parts = zip(manifest.contributions, manifest.recipe.coefficients, worth, strict=True)
+    coefficients = {each.model: each.coefficient for each in manifest.recipe.inputs}
+    contributions = [
+        {
+            **{name: getattr(each.contribution, name) for name in SHOWN},
+            "coefficient": coefficients[each.revision.pinned],
+            "leave_one_out_gain": each.leave_one_out_gain,
+        }
+        for each in manifest.contributions
+    ]
     return render(
         "base.md.j2",
         metadata,
@@ -132,8 +139,8 @@ def base_card(old: Mapping[str, Any], manifest: Manifest, repo: str, endpoint: s
         seeds=", ".join(map(str, manifest.candidate_scores.entries[0].seeds)),
         decision_summary=manifest.decision.summary,
         rows=rows,
-        contributions=[{"coefficient": k, "adds": adds, **{f: getattr(c, f) for f in SHOWN}} for c, k, adds in parts],
-        is_probed=bool(manifest.leave_one_out),
+        contributions=contributions,
+        is_probed=any(each.leave_one_out_gain is not None for each in manifest.contributions),
         trials=len(manifest.trials),
         report=manifest.report,
         method=manifest.recipe.method,

@@ -17,9 +17,9 @@ from pathlib import Path
 from hubfusion.checkpoint import WEIGHTS_NAME
 from hubfusion.checkpoint.backbone import FUSED_FILE
 from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
-from hubfusion.fuse import fuse
+from hubfusion.fuse import METHODS, fuse
 from hubfusion.hub import Hub
-from hubfusion.lineage import Recipe, RemoteFile, Revision, divided_by
+from hubfusion.lineage import Recipe, RemoteFile, Revision
 from hubfusion.release.manifest import FILE, MAX_BYTES, Manifest, read_manifest
 from hubfusion.release.signature import SIGNATURE, UNSIGNED, Identity, check_signature
 from hubfusion.screen import path_problem
@@ -131,7 +131,7 @@ def _compare_manifest(
     tags = hub.tags(revision.repo)
     if tags.get(manifest.parent_version) != manifest.base.sha:
         yield f"{FILE}: the base {manifest.base} is not what the tag {manifest.parent_version} points to"
-    if [c.revision for c in manifest.contributions] != list(manifest.recipe.inputs):
+    if sorted(c.revision.pinned for c in manifest.contributions) != sorted(i.model for i in manifest.recipe.inputs):
         yield f"{FILE}: recipe and contributions do not name the same inputs"
     promised = {f.path: f for f in manifest.weights}
     for path in sorted(set(promised) | {p for p in listed if WEIGHTS_NAME.fullmatch(p)}):
@@ -159,14 +159,18 @@ def reproduce(hub: Hub, repo: str, version: str, work: Path, *, on_step: OnStep 
     differences: list[str] = []
     tell(f"fetching the base {manifest.base}")
     base = _fetch(hub, manifest.base, _fused_files(hub, manifest.base), work / "base", differences)
-    inputs = []
+    folders: dict[str, Path] = {}
     for number, each in enumerate(manifest.contributions):
         tell(f"fetching {each.revision} ({number + 1} of {len(manifest.contributions)})")
-        inputs.append(_fetch(hub, each.revision, each.files, work / f"input-{number}", differences))
-    steps.append(f"fetched the base and {len(inputs)} inputs")
+        place = work / f"input-{number}"
+        folders[each.revision.pinned] = _fetch(hub, each.revision, each.contribution.files, place, differences)
+    steps.append(f"fetched the base and {len(folders)} inputs")
+    if unknown := [each.model for each in manifest.recipe.inputs if each.model not in folders]:
+        differences.append(f"{FILE}: the recipe has an input that is no contribution: {unknown[0]}")
     if not differences:
         tell(f"fusing by {manifest.recipe.method}")
         try:
+            inputs = [folders[each.model] for each in manifest.recipe.inputs]
             written = fuse(manifest.recipe, base, inputs, work / "fused").files
         except CheckpointError as error:
             return Checked(revision, version, tuple(steps), (str(error),))
@@ -230,7 +234,7 @@ def forget(hub: Hub, repo: str, model: str) -> Forgetting:
         if ancestor.manifest is None:
             continue
         recipe = ancestor.manifest.recipe
-        out = tuple(r for r in recipe.inputs if model in (r.repo, f"{r.repo}@{r.sha}"))
+        out = tuple(r for r in (i.revision for i in recipe.inputs) if model in (r.repo, r.pinned))
         if out or redo:
             redo.append(Redo(ancestor.version, _leave_out(recipe, out), out, exact=bool(out) and not redo))
     if not redo:
@@ -240,9 +244,9 @@ def forget(hub: Hub, repo: str, model: str) -> Forgetting:
 
 
 def _leave_out(recipe: Recipe, out: tuple[Revision, ...]) -> Recipe | None:
-    kept = [(r, c) for r, c in zip(recipe.inputs, recipe.coefficients, strict=True) if r not in out]
+    kept = tuple(each for each in recipe.inputs if each.revision not in out)
     if not kept:
         return None
-    inputs, coefficients = zip(*kept, strict=True)
-    scale = recipe.scale * (divided_by(recipe.method, coefficients) / divided_by(recipe.method, recipe.coefficients))
-    return dataclasses.replace(recipe, inputs=inputs, coefficients=coefficients, scale=scale)
+    without, method = dataclasses.replace(recipe, inputs=kept), METHODS[recipe.method]
+    times = method.divisor(without.coefficients) / method.divisor(recipe.coefficients)
+    return dataclasses.replace(without, scale=recipe.scale * times)

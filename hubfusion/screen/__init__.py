@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hubfusion.screen.policy import Policy
 from hubfusion.screen.rules import Base, apply_caps, path_problem, read_base, screen
-from hubfusion.screen.soundness import Bounds, Measure, Report, clip_bound, clip_factors, examine
+from hubfusion.screen.soundness import Bounds, Measure, Report, examine
 
 __all__ = [
     "Base",
@@ -13,8 +13,6 @@ __all__ = [
     "Policy",
     "Report",
     "apply_caps",
-    "clip_bound",
-    "clip_factors",
     "examine",
     "path_problem",
     "read_base",

@@ -166,24 +166,6 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{SINGLE} and {INDEX} are both there")
 
 
-def clip_bound(report: Report, known_norms: Sequence[float] = ()) -> float:
-    """The norm to clip to: the batch's median, but at most 1.5 times that of norms accepted before, if 3 are known.
-
-    The second keeps whoever holds half of one batch from setting the bound alone.
-    """
-    return min(report.median, 1.5 * median(known_norms)) if len(known_norms) >= 3 else report.median
-
-
-def clip_factors(report: Report, bound: float | None = None) -> tuple[float, ...]:
-    """min(1, bound/‖τ‖) for each of ``report.accepted``; the bound is the median norm unless one is given.
-
-    The clipped average is base + (1/k) Σ factor·τ. A method that divides by the sum of its coefficients gives it with
-    the factors as coefficients and the scale λ = their mean.
-    """
-    kept, limit = set(report.accepted), report.median if bound is None else bound
-    return tuple(min(1.0, limit / m.norm) for m in report.measures if m.revision in kept)
-
-
 def _describe(contribution: Contribution, vector: TaskVector, size: float, kind: str, origin: Ancestry) -> Measure:
     total = math.fsum(vector.squares.values())
     return Measure(

@@ -10,13 +10,13 @@ import pytest
 from bot import dispatch as module
 from bot.config import Fusing
 from bot.dispatch import dispatch, worker_environment
-from bot.worker import Job, Outcome
+from bot.job import CandidateJob, Outcome
 from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import FusionError
 from hubfusion.lineage import Revision
 
 SUITE = Suite("tiny", (Dataset("one", "texts/one"),))
-JOB = Job(Revision("ibm/base", "a" * 40), "v0", "/nowhere", (), (), Fusing(), SUITE, (), (0,), "/nowhere")
+JOB = CandidateJob(Revision("ibm/base", "a" * 40), "v0", "/nowhere", (), Fusing(), SUITE, (), (0,), "/nowhere")
 DONE = 'open(sys.argv[2] + "/outcome.json", "w").write(\'{"contributions": [], "rejected": [], "candidate": null}\')'
 
 
@@ -34,7 +34,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_a_job_is_done_once_and_found_again(tmp_path: Path, worker) -> None:  # type: ignore[no-untyped-def]
     worker(DONE)
-    assert dispatch(JOB, tmp_path, 1) == Outcome((), (), None) == dispatch(JOB, tmp_path, 1)
+    assert dispatch(JOB, tmp_path, 1) == Outcome((), ()) == dispatch(JOB, tmp_path, 1)
     assert (tmp_path / "calls").read_text() == "x"
 
 
@@ -84,7 +84,7 @@ def test_a_stop_ends_the_worker_and_the_next_run_does_the_job(tmp_path: Path, wo
     with pytest.raises(Stop):
         dispatch(JOB, tmp_path, 1, stop)
     worker(DONE)
-    assert dispatch(JOB, tmp_path, 1) == Outcome((), (), None)
+    assert dispatch(JOB, tmp_path, 1) == Outcome((), ())
 
 
 def test_two_runs_with_one_work_folder_do_a_job_once(tmp_path: Path, worker) -> None:  # type: ignore[no-untyped-def]
@@ -95,5 +95,5 @@ def test_two_runs_with_one_work_folder_do_a_job_once(tmp_path: Path, worker) -> 
         run.start()
     for run in runs:
         run.join()
-    assert outcomes == [Outcome((), (), None)] * 3
+    assert outcomes == [Outcome((), ())] * 3
     assert (tmp_path / "calls").read_text() == "x"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bot.ledger import Judged, Ledger, Promoted, Refused, Said
+from bot.ledger import Accepted, Judged, Ledger, Promoted, Refused, Said
 from bot.notify import FIX, deliver, pending_answers
 from hubfusion.errors import Forbidden, HubError
 from hubfusion.lineage import Reason, Revision
@@ -23,7 +23,7 @@ def test_every_reason_has_an_answer_that_says_what_to_do() -> None:
 def test_each_finetune_that_was_dealt_with_is_answered_once() -> None:
     events = (
         Judged(A, "alice", Reason.NOT_FINITE, "w[7, 11] is NaN", 1),
-        Promoted(1, "v1", "f" * 40, (B, C), (0.5, -1.25)),
+        Promoted(1, "v1", "f" * 40, (Accepted(B, 0.5), Accepted(C, -1.25))),
         Said(B, 3),
     )
     answers = list(pending_answers(Ledger(events, "0" * 40), "ibm/base", HUB))
@@ -32,7 +32,8 @@ def test_each_finetune_that_was_dealt_with_is_answered_once() -> None:
     assert "w\\[7, 11\\] is NaN" in answers[0].body
     assert answers[1].title == f"Part of ibm/base v1 (commit {C.sha[:12]})"
     assert 'revision="v1"' in answers[1].body
-    assert "it adds -1.25 points: the score of v1 minus that of the same fuse without it" in answers[1].body
+    said = "leave-one-out gain on the bot's probe suite is -1.25 points: the score of v1 minus that of the same fuse"
+    assert said in answers[1].body
 
 
 def test_a_refused_candidate_is_told_to_all_who_were_in_it() -> None:
@@ -55,7 +56,7 @@ def test_who_allows_no_discussion_is_noted_and_who_cannot_be_reached_waits_for_t
                 raise HubError("discussion on bob/model: HTTP 503: busy")
             return 12
 
-    events = (Promoted(1, "v1", "f" * 40, (A, B, C)),)
+    events = (Promoted(1, "v1", "f" * 40, tuple(map(Accepted, (A, B, C)))),)
     answers = list(pending_answers(Ledger(events, "0" * 40), "ibm/base", HUB))
     assert deliver(Grumpy(), answers) == (Said(A, None), Said(C, 12))  # type: ignore[arg-type]
 

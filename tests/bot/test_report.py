@@ -33,12 +33,12 @@ def test_a_plan_names_what_would_go_in_and_what_not_and_that_nothing_was_written
     assert "Nothing was written. Run again with --publish" in text
 
 
-def test_what_was_tried_and_what_each_one_adds_are_shown() -> None:
+def test_what_was_tried_and_the_leave_one_out_gains_are_shown() -> None:
     trials = (Trial((ALICE.revision,), DECISION), Trial((BASE,), replace(DECISION, promote=False)))
-    result = Iteration(3, Verdict.PROMOTED, "v2", "v3", (ALICE,), (), DECISION, trials, (-0.75,))
+    result = Iteration(3, Verdict.PROMOTED, "v2", "v3", (ALICE,), (), DECISION, trials, {ALICE.revision: -0.75})
     text = shown(result, acted=True)
     assert "tried to isolate who is to blame: 2 sets, 1 accepted" in text
-    assert "adds -0.75 points on the probe suite" in text
+    assert "600 examples of texts/news; leave-one-out gain -0.75 points" in text
 
 
 def test_what_was_done_says_where_it_went() -> None:

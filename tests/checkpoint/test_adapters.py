@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import CheckpointError
-from hubfusion.fuse import Plan, Settings, fuse
-from tests.checkpoints import load, save
+from hubfusion.fuse import Settings, fuse
+from tests.checkpoints import load, recipe_of, save
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -58,7 +58,7 @@ def merged(folder: Path) -> dict[str, np.ndarray]:
 
 
 def fused(base: Path, inputs: list[Path], out: Path, **settings) -> dict[str, np.ndarray]:
-    plan = Plan(tuple(map(str, range(len(inputs)))), (1.0,) * len(inputs))
+    plan = recipe_of(tuple(map(str, range(len(inputs)))), (1.0,) * len(inputs))
     fuse(plan, base, inputs, out, settings=Settings(**settings))
     return {n.removeprefix("transformer."): v for n, v in load(out).items()}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,15 +9,15 @@ import pytest
 
 from hubfusion.checkpoint.deltas import open_models
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse import Plan, Progress, Settings, fuse
+from hubfusion.fuse import Progress, Settings, fuse
 from hubfusion.fuse.first_pass import grams
-from hubfusion.lineage import Recipe, Revision
-from tests.checkpoints import TRUNK, family, load, save, trunk
+from hubfusion.lineage import Input, Recipe, Revision
+from tests.checkpoints import TRUNK, family, load, recipe_of, save, trunk
 
 
-def plan(k: int, **fields) -> Plan:
+def plan(k: int, **fields) -> Recipe:
     coefficients = fields.pop("coefficients", (1.0,) * k)
-    return Plan(tuple(f"{i:02d}" for i in range(k)), coefficients, **fields)
+    return recipe_of(tuple(f"{i:02d}" for i in range(k)), coefficients, **fields)
 
 
 def average(base: Path, inputs: list[Path], out: Path, **fields):
@@ -29,7 +30,7 @@ def test_the_average_of_two_finetunes_is_the_mean_of_every_parameter(tmp_path):
     two = save(tmp_path / "two", {"w": np.array([[2.0, 2.0], [5.0, 0.0]], np.float32)})
     fused = average(base, [one, two], tmp_path / "out")
     assert load(tmp_path / "out")["w"].tolist() == [[1.5, 3.0], [4.0, 0.0]]
-    assert fused.norms == (pytest.approx(20**0.5, rel=1e-5), pytest.approx(21**0.5, rel=1e-5))
+    assert [i.norm for i in fused.inputs] == [pytest.approx(20**0.5, rel=1e-5), pytest.approx(21**0.5, rel=1e-5)]
     assert [f.name for f in fused.files] == ["model.safetensors"]
 
 
@@ -45,10 +46,10 @@ def test_coefficients_follow_their_inputs_into_the_canonical_order(tmp_path):
     base = save(tmp_path / "base", {"w": np.array([0.0], np.float32)})
     one = save(tmp_path / "one", {"w": np.array([8.0], np.float32)})
     two = save(tmp_path / "two", {"w": np.array([16.0], np.float32)})
-    recipe = Plan(("z", "a"), (3.0, 1.0))
+    recipe = recipe_of(("z", "a"), (3.0, 1.0))
     fused = fuse(recipe, base, [one, two], tmp_path / "out")
     assert load(tmp_path / "out")["w"].tolist() == [10.0]
-    assert fused.norms == (8.0, 16.0)
+    assert [(i.input.model, i.norm) for i in fused.inputs] == [("z", 8.0), ("a", 16.0)]
 
 
 @pytest.mark.parametrize("dtype, ulp", [("float32", 2.0**-23), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)])
@@ -87,7 +88,7 @@ def test_finetunes_with_a_prefix_and_different_heads_are_fused_into_a_bare_base(
     assert set(out) == {*TRUNK, "embeddings.position_ids"}
     assert out["embeddings.position_ids"].tolist() == [[0, 1, 2, 3, 4]]
     assert fused.kept == ("embeddings.position_ids",)
-    assert fused.dropped == (("classifier.weight",), ("classifier.weight",))
+    assert [i.dropped for i in fused.inputs] == [("classifier.weight",), ("classifier.weight",)]
     for name in TRUNK:
         models = [load(p)["bert." + name].astype(np.float64) for p in inputs]
         np.testing.assert_allclose(out[name], np.mean(models, axis=0), rtol=1.2e-7)
@@ -140,7 +141,7 @@ def test_an_input_that_stores_a_tied_parameter_twice_is_accepted(tmp_path):
     rest = {"encoder.w": np.ones((2, 2), np.float32), "shared.weight": words}
     base = save(tmp_path / "base", rest, model_type="bart")
     one = save(tmp_path / "one", {**rest, "decoder.embed_tokens.weight": words})
-    assert average(base, [one], tmp_path / "out").dropped == (("decoder.embed_tokens.weight",),)
+    assert average(base, [one], tmp_path / "out").inputs[0].dropped == ("decoder.embed_tokens.weight",)
 
 
 def broken(change) -> dict[str, np.ndarray]:
@@ -190,7 +191,7 @@ def test_an_input_that_is_not_finite_is_refused_with_its_file_and_parameter(tmp_
 def test_a_large_finite_delta_is_not_mistaken_for_an_overflow(tmp_path):
     base = save(tmp_path / "base", {"w": np.zeros(2, np.float32)})
     one = save(tmp_path / "one", {"w": np.array([1e30, 0], np.float32)})
-    assert average(base, [one], tmp_path / "out").norms == (1e30,)
+    assert average(base, [one], tmp_path / "out").inputs[0].norm == 1e30
 
 
 def test_half_precision_overflow_is_refused(tmp_path):
@@ -220,14 +221,14 @@ def test_same_bytes_whatever_workers_pieces_shards_and_order(tmp_path, monkeypat
         settings = Settings(workers=workers, chunk=chunk)
         assert fuse(recipe, base, inputs, tmp_path / "out", settings=settings).files == wanted
     assert fuse(recipe, sharded[0], sharded[1:], tmp_path / "out").files == wanted
-    turned = Plan(recipe.labels[::-1], recipe.coefficients[::-1])
+    turned = replace(recipe, inputs=recipe.inputs[::-1])
     assert fuse(turned, base, inputs[::-1], tmp_path / "out").files == wanted
 
 
 def test_a_lineage_recipe_is_followed(tmp_path):
     base, inputs = family(tmp_path, 2)
     revisions = tuple(Revision(f"someone/{i}", f"{i}" * 40) for i in range(2))
-    recipe = Recipe(Revision("someone/base", "a" * 40), revisions, (1.0, 1.0))
+    recipe = Recipe(f"someone/base@{'a' * 40}", tuple(Input(r.pinned) for r in revisions))
     assert fuse(recipe, base, inputs, tmp_path / "a").files == average(base, inputs, tmp_path / "b").files
 
 
@@ -245,7 +246,6 @@ def test_progress_counts_every_entry_once(tmp_path):
     [
         ({"method": "mean"}, "method must be one of average, .* got 'mean'"),
         ({"options": (("density", 0.2),)}, "average: unknown option 'density', allowed are norm"),
-        ({"coefficients": (1.0,)}, "one coefficient per input, got 1 for 2 inputs"),
         ({"options": (("norm", 3),)}, "average: norm must be a text, got 3"),
         ({"method": "ties", "options": (("density", "a"),)}, "ties: density must be a number, got 'a'"),
         ({"method": "ties", "options": (("density", 0),)}, r"ties: density must be in \(0, 1\], got 0"),

@@ -14,17 +14,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from hubfusion.errors import CheckpointError, NotFound, RecipeError
-from hubfusion.fuse import Plan, Progress, Settings, fuse
+from hubfusion.fuse import Progress, Settings, fuse
 from hubfusion.fuse import inputs as sources
 from hubfusion.fuse.folder import finish
 from hubfusion.fuse.incremental import fuse_arriving
 from hubfusion.fuse.inputs import fetched
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.methods.linear import add_up
-from hubfusion.fuse.recipe import FuseRecipe
 from hubfusion.hub import Kind, OnBytes
-from hubfusion.lineage import RemoteFile, Revision
-from tests.checkpoints import load, save, trunk
+from hubfusion.lineage import Recipe, RemoteFile, Revision
+from tests.checkpoints import load, recipe_of, save, trunk
 from tests.fake_hub import FakeHub
 
 BASE = trunk(100)
@@ -123,23 +122,23 @@ def publish(hub: FakeHub, place: Path, dtype: str = "float32") -> tuple[Path, li
     return base, folders
 
 
-def recipe(*labels: str, coefficients: tuple[float, ...] = (), **fields) -> FuseRecipe:
-    return FuseRecipe("ann/base", Plan(labels, coefficients or (1.0,) * len(labels), **fields))
+def recipe(*labels: str, coefficients: tuple[float, ...] = (), **fields) -> Recipe:
+    return recipe_of(labels, coefficients, base="ann/base", **fields)
 
 
-def on_arrival(given: FuseRecipe, out: Path, on_event=None, **settings) -> None:
+def on_arrival(given: Recipe, out: Path, on_event=None, **settings) -> None:
     with fetched(given, "", None, once=True) as found:
         assert found.arrivals is not None
         done = fuse_arriving(
-            found.recipe.plan, found.base, found.arrivals, out, settings=Settings(**settings), on_event=on_event
+            found.recipe, found.base, found.arrivals, out, settings=Settings(**settings), on_event=on_event
         )
         finish(found.recipe, found.base, done, out)
 
 
-def all_there(given: FuseRecipe, out: Path, **settings) -> None:
+def all_there(given: Recipe, out: Path, **settings) -> None:
     with fetched(given, "", None) as found:
         assert found.arrivals is None
-        done = fuse(found.recipe.plan, found.base, found.inputs, out, settings=Settings(**settings))
+        done = fuse(found.recipe, found.base, found.inputs, out, settings=Settings(**settings))
         finish(found.recipe, found.base, done, out)
 
 
@@ -262,7 +261,7 @@ def test_bytes_are_counted_to_the_end(hub, tmp_path):
     base, folders = publish(hub, tmp_path)
     told: list[tuple[int, int]] = []
     with fetched(recipe(*IDS), "", None, lambda *event: told.append(event), once=True) as found:
-        fuse_arriving(found.recipe.plan, found.base, found.arrivals, tmp_path / "out")
+        fuse_arriving(found.recipe, found.base, found.arrivals, tmp_path / "out")
     sizes = sum(p.stat().st_size for f in folders for p in f.iterdir()) + (base / "config.json").stat().st_size
     sizes += (base / "model.safetensors").stat().st_size
     assert told[-1] == (sizes, sizes) and [d for d, _ in told] == sorted(d for d, _ in told)

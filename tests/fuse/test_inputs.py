@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 
 from hubfusion.cli import main
 from hubfusion.errors import CheckpointError, HubError, RecipeError
-from hubfusion.fuse import Plan, fuse
+from hubfusion.fuse import fuse
 from hubfusion.fuse.inputs import fetched
-from hubfusion.fuse.recipe import FuseRecipe
+from hubfusion.lineage import Recipe
 from hubfusion.localhub import LocalHub
 from hubfusion.localhub.faults import Fault, FaultRequest
-from tests.checkpoints import load, save, trunk
+from tests.checkpoints import load, recipe_of, save, trunk
 
 BASE = trunk(100)
 
@@ -92,9 +92,8 @@ def ups(served) -> Path:
     return served[2]
 
 
-def recipe(*labels: str, **fields) -> FuseRecipe:
-    state = fields.pop("state", None)
-    return FuseRecipe("ann/base", Plan(labels, (1.0,) * len(labels), **fields), state)
+def recipe(*labels: str, **fields) -> Recipe:
+    return recipe_of(labels, base="ann/base", **fields)
 
 
 def test_ids_are_pinned_and_only_what_the_method_reads_is_fetched(hub, requests, tmp_path):
@@ -106,7 +105,7 @@ def test_ids_are_pinned_and_only_what_the_method_reads_is_fetched(hub, requests,
     ):
         requests.paths.clear()
         with fetched(recipe("ann/m1", method=method, outer=outer), hub.endpoint, None) as found:
-            assert found.recipe.base.startswith("ann/base@") and found.recipe.plan.labels[0].startswith("ann/m1@")
+            assert found.recipe.base.startswith("ann/base@") and found.recipe.inputs[0].model.startswith("ann/m1@")
             assert {p.name for p in found.inputs[0].iterdir()} == {n.split("/")[2] for n in wanted | more if "m1" in n}
         assert set(requests.paths) == wanted | more
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -117,7 +116,7 @@ def test_the_outer_state_comes_with_the_base_or_from_an_id_of_its_own(hub, ups, 
     for name, state in (("beside", None), ("given", "ann/base")):
         plan = recipe("ann/m1", outer="momentum", state=state)
         with fetched(plan, hub.endpoint, None) as found:
-            fuse(found.recipe.plan, found.base, found.inputs, tmp_path / name, state=found.state)
+            fuse(found.recipe, found.base, found.inputs, tmp_path / name, state=found.state)
         out[name] = load(tmp_path / name)["encoder.layer.0.dense.bias"]
     one = load(ups / "up1")["bert.encoder.layer.0.dense.bias"]
     np.testing.assert_allclose(out["beside"], one + 0.9, rtol=1e-6)  # the delta, and 0.9 times a momentum of 1

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse import Plan, fuse
+from hubfusion.fuse import fuse
 from hubfusion.fuse.outer import OUTERS
-from tests.checkpoints import load, save
+from tests.checkpoints import load, recipe_of, save
 
 
 def iterate(tmp_path, outer: str, options: dict, targets: list[float], start: float = 1.0):
@@ -17,7 +17,7 @@ def iterate(tmp_path, outer: str, options: dict, targets: list[float], start: fl
     for i, move in enumerate(targets):
         base = save(tmp_path / f"base{i}", {"w": np.array([bases[-1]], np.float32)})
         one = save(tmp_path / f"one{i}", {"w": np.array([bases[-1] + move], np.float32)})
-        plan = Plan(("one",), (1.0,), outer=outer, outer_options=tuple(sorted(options.items())))
+        plan = recipe_of(("one",), (1.0,), outer=outer, outer_options=tuple(sorted(options.items())))
         out = tmp_path / f"out{i}"
         fuse(plan, base, [one], out, state=state)
         bases.append(float(load(out)["w"][0]))
@@ -88,7 +88,7 @@ def test_the_neutral_setting_is_cold_fusion_itself(tmp_path, outer, options):
 def test_the_state_is_a_safetensors_file_beside_the_weights_and_in_the_manifest_files(tmp_path):
     base = save(tmp_path / "base", {"w": np.zeros(3, np.float16), "steps": np.array(7)})
     one = save(tmp_path / "one", {"w": np.ones(3, np.float16)})
-    plan = Plan(("one",), (1.0,), outer="fedadam")
+    plan = recipe_of(("one",), (1.0,), outer="fedadam")
     first = fuse(plan, base, [one], tmp_path / "out")
     assert [f.name for f in first.files] == ["model.safetensors", "outer.safetensors"]
     from safetensors.numpy import load_file
@@ -104,12 +104,12 @@ def test_the_state_is_a_safetensors_file_beside_the_weights_and_in_the_manifest_
 def test_a_state_of_another_optimizer_or_shape_is_refused(tmp_path):
     base = save(tmp_path / "base", {"w": np.zeros(3, np.float32)})
     one = save(tmp_path / "one", {"w": np.ones(3, np.float32)})
-    fuse(Plan(("one",), (1.0,), outer="momentum"), base, [one], tmp_path / "out")
+    fuse(recipe_of(("one",), (1.0,), outer="momentum"), base, [one], tmp_path / "out")
     with pytest.raises(CheckpointError, match="fedadam keeps m, v; this state has momentum"):
-        fuse(Plan(("one",), (1.0,), outer="fedadam"), base, [one], tmp_path / "next", state=tmp_path / "out")
+        fuse(recipe_of(("one",), (1.0,), outer="fedadam"), base, [one], tmp_path / "next", state=tmp_path / "out")
     other = save(tmp_path / "other", {"w": np.zeros(4, np.float32)})
     with pytest.raises(CheckpointError, match=r"momentum.w: F32 \[3\], a float \[4\] is needed"):
-        fuse(Plan(("one",), (1.0,), outer="momentum"), other, [other], tmp_path / "next", state=tmp_path / "out")
+        fuse(recipe_of(("one",), (1.0,), outer="momentum"), other, [other], tmp_path / "next", state=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from hubfusion.errors import RecipeError
-from hubfusion.fuse import Plan
 from hubfusion.fuse.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
-from hubfusion.fuse.recipe import MERGEKIT, FuseRecipe, read_recipe, write_recipe
+from hubfusion.fuse.recipe import MERGEKIT, ReadRecipe, read_recipe, write_recipe
+from hubfusion.lineage import Input, Recipe
 from tests.checkpoints import family, load
 
 TOML = """
@@ -40,23 +40,24 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_toml_recipe_says_everything(tmp_path):
-    recipe = read_recipe(write(tmp_path / "recipe.toml", TOML))
+    read = read_recipe(write(tmp_path / "recipe.toml", TOML))
+    inputs = (Input("ann/one", 2.0), Input("bob/two@main"))
     options = (("density", 0.3), ("sign", "count"))
-    plan = Plan(("ann/one", "bob/two@main"), (2.0, 1.0), "ties", options, 0.5, "nesterov", (("lr", 0.9),))
-    assert recipe == FuseRecipe("acme/base@v3", plan, "acme/base@v3")
+    outer = ("nesterov", (("lr", 0.9),), "acme/base@v3")
+    assert read.recipe == Recipe("acme/base@v3", inputs, "ties", options, 0.5, *outer)
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
-    recipe = read_recipe(write(tmp_path / "recipe.toml", TOML))
-    assert read_recipe(write(tmp_path / "again.toml", write_recipe(recipe))) == recipe
-    odd = FuseRecipe('a "quoted" \\ path\n\x7f', Plan(("é/ü",), (1e-30,), scale=-1.0))
-    assert read_recipe(write(tmp_path / "odd.toml", write_recipe(odd))) == odd
+    recipe = read_recipe(write(tmp_path / "recipe.toml", TOML)).recipe
+    assert read_recipe(write(tmp_path / "again.toml", write_recipe(recipe))).recipe == recipe
+    odd = Recipe('a "quoted" \\ path\n\x7f', (Input("é/ü", 1e-30),), scale=-1.0)
+    assert read_recipe(write(tmp_path / "odd.toml", write_recipe(odd))).recipe == odd
 
 
 def test_folders_beside_the_recipe_are_found_wherever_it_is_run(tmp_path):
     (tmp_path / "one").mkdir()
-    recipe = read_recipe(write(tmp_path / "r.toml", 'base = "one"\n[[inputs]]\nmodel = "one"\n'))
-    assert recipe.base == str(tmp_path / "one") and recipe.plan.labels == (str(tmp_path / "one"),)
+    recipe = read_recipe(write(tmp_path / "r.toml", 'base = "one"\n[[inputs]]\nmodel = "one"\n')).recipe
+    assert recipe.base == str(tmp_path / "one") and recipe.inputs == (Input(str(tmp_path / "one")),)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +82,12 @@ def test_a_wrong_recipe_is_refused_with_its_file_and_key(tmp_path, text, message
         read_recipe(write(tmp_path / "r.toml", text))
 
 
-def mergekit(tmp_path: Path, text: str) -> FuseRecipe:
+def mergekit(tmp_path: Path, text: str) -> ReadRecipe:
     return read_recipe(write(tmp_path / "merge.yml", text))
 
 
 def test_mergekits_ties_with_its_defaults_and_weights(tmp_path):
-    recipe = mergekit(
+    read = mergekit(
         tmp_path,
         """
 merge_method: ties
@@ -101,7 +102,8 @@ parameters: {normalize: false, int8_mask: true, lambda: 0.7}
 """,
     )
     options = (("combine", "sum"), ("density", 0.3), ("scope", "parameter"))
-    assert recipe == FuseRecipe("acme/base", Plan(("ann/one", "bob/two"), (0.5, 1.0), "ties", options, 0.7))
+    inputs = (Input("ann/one", 0.5), Input("bob/two", 1.0))
+    assert read.recipe == Recipe("acme/base", inputs, "ties", options, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +139,9 @@ parameters: {normalize: false, int8_mask: true, lambda: 0.7}
     ],
 )  # fmt: skip
 def test_mergekits_methods_have_our_names(tmp_path, text, method, options, coefficients, base):
-    recipe = mergekit(tmp_path, text)
-    assert recipe.plan.method == method and dict(recipe.plan.options) == options
-    assert recipe.plan.coefficients == coefficients and recipe.base == base
+    recipe = mergekit(tmp_path, text).recipe
+    assert recipe.method == method and dict(recipe.options) == options
+    assert recipe.coefficients == coefficients and recipe.base == base
 
 
 def test_where_a_mergekit_file_is_followed_differently_it_says_so(tmp_path):

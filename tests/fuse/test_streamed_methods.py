@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from hubfusion.errors import CheckpointError
-from hubfusion.fuse import Plan, Settings, fuse
+from hubfusion.fuse import Settings, fuse
 from hubfusion.fuse import first_pass as survey
 from hubfusion.fuse.methods import METHODS
+from hubfusion.lineage import Recipe
 from tests import reference
-from tests.checkpoints import load, save
+from tests.checkpoints import load, recipe_of, save
 
 SHAPES = {"a": (150, 130), "b": (130,), "c": (64, 20), "d": (20_000,), "e": (), "f": (3, 4, 5)}
 WHOLE_MODEL = ("ties", "trimmed_mean", "median", "geometric_median", "multi_krum")
@@ -38,9 +40,9 @@ def models(tmp_path_factory) -> tuple[Path, list[Path]]:
     return save(folder / "base", base), inputs
 
 
-def plan_for(name: str, k: int, **options) -> Plan:
+def plan_for(name: str, k: int, **options) -> Recipe:
     coefficients = tuple(1.0 + 0.5 * i for i in range(k)) if name in UNEQUAL else (1.0,) * k
-    return Plan(tuple(map(str, range(k))), coefficients, name, tuple(sorted(options.items())))
+    return recipe_of(tuple(map(str, range(k))), coefficients, name, tuple(sorted(options.items())))
 
 
 def inputs_of(name: str, inputs: list[Path]) -> list[Path]:
@@ -102,7 +104,7 @@ def test_the_same_bytes_for_any_workers_and_pieces(models, tmp_path, monkeypatch
     for workers, chunk in ((1, 8192), (3, 16384)):
         settings = Settings(workers=workers, chunk=chunk)
         assert fuse(plan, base, inputs, tmp_path / "out", settings=settings).files == wanted
-    turned = Plan(plan.labels[::-1], plan.coefficients[::-1], plan.method, plan.options)
+    turned = replace(plan, inputs=plan.inputs[::-1])
     assert fuse(turned, base, inputs[::-1], tmp_path / "out").files == wanted
 
 
@@ -137,7 +139,8 @@ def test_norms_that_nobody_asked_for_are_none_and_change_no_byte(models, tmp_pat
     for name in ("average", "ties"):
         measured = fuse(plan_for(name, 5), *models, tmp_path / "a")
         bare = fuse(plan_for(name, 5), *models, tmp_path / "b", settings=Settings(norms=False))
-        assert bare.norms == (None,) * 5 and None not in measured.norms and bare.files == measured.files
+        assert all(one.norm is None for one in bare.inputs) and all(one.norm is not None for one in measured.inputs)
+        assert bare.files == measured.files
 
 
 def test_ties_trimmed_by_parameter_differs_from_the_whole_model_and_equals_its_author(models, tmp_path):
@@ -161,10 +164,10 @@ def test_ties_finds_its_thresholds_exactly_when_the_model_is_larger_than_its_sam
 
 def test_dare_masks_differ_between_parameters_and_inputs_and_follow_the_seed(models, tmp_path):
     base, inputs = models[0], [models[1][0]] * 2
-    plan = Plan(("x", "y"), (1.0, 0.0), "dare", (("density", 0.5),))
+    plan = recipe_of(("x", "y"), (1.0, 0.0), "dare", (("density", 0.5),))
     fuse(plan, base, inputs, tmp_path / "x")
-    fuse(Plan(("x", "y"), (0.0, 1.0), "dare", (("density", 0.5),)), base, inputs, tmp_path / "y")
-    fuse(Plan(("x", "y"), (1.0, 0.0), "dare", (("density", 0.5), ("seed", 1))), base, inputs, tmp_path / "s")
+    fuse(recipe_of(("x", "y"), (0.0, 1.0), "dare", (("density", 0.5),)), base, inputs, tmp_path / "y")
+    fuse(recipe_of(("x", "y"), (1.0, 0.0), "dare", (("density", 0.5), ("seed", 1))), base, inputs, tmp_path / "s")
     start = load(base)["d"]
     masks = [load(tmp_path / n)["d"] != start for n in "xys"]
     for one, two in ((0, 1), (0, 2)):
@@ -197,9 +200,11 @@ def test_memory_does_not_grow_with_inputs_or_model(tmp_path):
 
     rng = np.random.default_rng(0)
     script = (
-        "import sys; from pathlib import Path; from hubfusion.fuse import Plan, fuse\n"
+        "import sys; from pathlib import Path; from hubfusion.fuse import fuse\n"
+        "from hubfusion.lineage import Input, Recipe\n"
         "k = int(sys.argv[3]); base, one = Path(sys.argv[1]), Path(sys.argv[2])\n"
-        "fuse(Plan(tuple(map(str, range(k))), (1.0,) * k, sys.argv[4]), base, [one] * k, base.parent / 'out')\n"
+        "recipe = Recipe('base', tuple(Input(str(i)) for i in range(k)), sys.argv[4])\n"
+        "fuse(recipe, base, [one] * k, base.parent / 'out')\n"
         "status = Path('/proc/self/status').read_text().split()\n"
         "print(int(status[status.index('VmHWM:') + 1]) / 1024)"
     )

@@ -73,7 +73,7 @@ def test_the_iteration_around_them_promotes_the_honest_rest(tmp_path: Path, monk
     release = hub.resolve(BASE, "v2")
     manifest = manifest_at(hub, release)
     assert manifest is not None
-    assert [r.repo for r in manifest.recipe.inputs] == [f"ann{seed}/m" for seed in range(6)]
+    assert [i.revision.repo for i in manifest.recipe.inputs] == [f"ann{seed}/m" for seed in range(6)]
     # Honest norms are alike, so clipping to their median moves the mean by less than a tenth of an update.
     fused = load(hub.read(release, WEIGHTS, stop=1 << 24))
     honest = [finetuned(base_tensors(), seed) for seed in range(6)]

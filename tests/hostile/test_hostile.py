@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hubfusion.fuse import fuse
-from hubfusion.lineage import Contribution, Reason, Recipe, Rejected
+from hubfusion.lineage import Contribution, Input, Reason, Recipe, Rejected
 from hubfusion.screen import Policy, apply_caps, examine, screen
 from tests.fake_hub import FakeHub, finetune
 from tests.hostile.cases import CASES, WEIGHTS, WORDS
@@ -130,7 +130,7 @@ def test_an_iteration_with_all_of_them_keeps_just_the_honest(tmp_path: Path) -> 
     assert {r.revision.repo: r.reason for r in rejected} == {repo: reason for repo, (_, reason) in expected.items()}
     assert {r.repo for r in report.accepted} == honest
     inputs = [path for contribution, path in paths if contribution.revision in report.accepted]
-    recipe = Recipe(base.revision, report.accepted, (1.0,) * len(inputs))
+    recipe = Recipe(base.revision.pinned, tuple(Input(revision.pinned) for revision in report.accepted))
     fuse(recipe, folder, inputs, tmp_path / "fused")
     fused = load_file(tmp_path / "fused" / WEIGHTS)
     made = [finetuned(base_tensors(), seed) for seed in range(6)]

@@ -45,7 +45,8 @@ def test_one_flipped_bit_in_one_input_is_found_and_the_input_named(world: World,
 
 def test_a_changed_coefficient_in_the_manifest_gives_other_bytes_and_says_so(world: World, tmp_path: Path) -> None:
     recipe = json.loads(world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE))["recipe"]
-    world.edit_manifest("v1", recipe=recipe | {"coefficients": [1.0, 2.0, 3.5]})
+    recipe["inputs"][2]["coefficient"] = 3.5
+    world.edit_manifest("v1", recipe=recipe)
     (difference,) = reproduce(world.hub, BASE, "v1", tmp_path / "clean").differences
     assert difference.startswith("model.safetensors: rebuilt ") and "fusion.json says" in difference
 
@@ -63,6 +64,37 @@ def test_a_manifest_that_is_not_one_is_an_error_with_its_place(world: World, tmp
     world.edit_manifest("v1", iteration="one")
     with pytest.raises(FusionError, match=r"ibm/ColD-Fusion@\w+ fusion.json.iteration: a whole number is needed"):
         verify(world.hub, BASE, "v1", tmp_path)
+
+
+@pytest.mark.parametrize("schema", [1, None])
+def test_a_manifest_of_another_schema_is_one_line(world: World, tmp_path: Path, schema: int | None) -> None:
+    """A manifest of schema 1 has other keys, too: the schema is the first thing that is said."""
+    world.edit_manifest("v1", schema=schema, norms=[1.0])
+    with pytest.raises(FusionError, match=rf"ibm/ColD-Fusion@\w+ fusion.json: schema must be 2, got {schema}$"):
+        verify(world.hub, BASE, "v1", tmp_path)
+
+
+def test_a_manifest_that_names_no_commit_is_refused(world: World, tmp_path: Path) -> None:
+    text = world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE)
+    recipe = json.loads(text)["recipe"]
+    recipe["inputs"][0]["model"] = "ann/m@main"
+    world.edit_manifest("v1", recipe=recipe)
+    with pytest.raises(FusionError, match="a model must be pinned as owner/name@<40 .* got 'ann/m@main'"):
+        verify(world.hub, BASE, "v1", tmp_path)
+
+
+def test_contributions_are_joined_with_the_recipe_by_name_whatever_their_order(world: World, tmp_path: Path) -> None:
+    text = world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE)
+    world.edit_manifest("v1", contributions=json.loads(text)["contributions"][::-1])
+    assert reproduce(world.hub, BASE, "v1", tmp_path).differences == ()
+
+
+def test_an_input_that_is_no_contribution_is_named_and_nothing_is_fused(world: World, tmp_path: Path) -> None:
+    text = world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE)
+    world.edit_manifest("v1", contributions=json.loads(text)["contributions"][1:])
+    found = reproduce(world.hub, BASE, "v1", tmp_path)
+    assert found.differences[0].startswith("fusion.json: the recipe has an input that is no contribution: ann/m@")
+    assert not (tmp_path / "fused").exists()
 
 
 def test_verify_finds_nothing_wrong_with_what_was_published(world: World, tmp_path: Path) -> None:
@@ -105,7 +137,7 @@ def test_the_first_version_has_no_manifest_and_unknown_ones_are_listed(world: Wo
 
 def test_a_manifest_that_names_a_file_outside_the_folder_writes_nothing_there(world: World, tmp_path: Path) -> None:
     contributions = json.loads(world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE))["contributions"]
-    contributions[0]["files"][0]["path"] = "../../escaped"
+    contributions[0]["contribution"]["files"][0]["path"] = "../../escaped"
     world.edit_manifest("v1", contributions=contributions)
     with pytest.raises(CheckpointError, match="points outside its folder"):
         reproduce(world.hub, BASE, "v1", tmp_path / "deep" / "er" / "clean")
@@ -122,7 +154,7 @@ def test_lineage_goes_back_to_the_first_version(world: World) -> None:
     ancestors = trace(world.hub, BASE)
     assert [a.version for a in ancestors] == ["v3", "v2", "v1", "v0"]
     assert ancestors[-1].manifest is None and ancestors[2].manifest is not None
-    assert [c.author for c in ancestors[2].manifest.contributions] == ["ann", "bob", "eve"]
+    assert [c.contribution.author for c in ancestors[2].manifest.contributions] == ["ann", "bob", "eve"]
     assert [a.version for a in trace(world.hub, BASE, "v1")] == ["v1", "v0"]
 
 
@@ -136,12 +168,13 @@ def test_a_withdrawn_contribution_is_planned_out_of_each_version_that_it_touches
     plan = forget(world.hub, BASE, "ann/m")
     assert [r.version for r in plan.redo] == ["v1", "v2", "v3"] and plan.newest == "v3"
     first, second, third = plan.redo
-    assert first.recipe is not None and [r.repo for r in first.recipe.inputs] == ["bob/m", "eve/m"]
+    assert first.recipe is not None and [i.revision.repo for i in first.recipe.inputs] == ["bob/m", "eve/m"]
     assert first.recipe.coefficients == (2.0, 3.0) and first.exact
     assert (
         first.recipe.scale == 1.25
     )  # Σ c τ / k stays what each of the others added: mean of (2, 3) over mean of (1, 2, 3)
-    assert second.recipe is not None and [r.repo for r in second.recipe.inputs] == ["cat/m"] and not second.exact
+    assert second.recipe is not None and not second.exact
+    assert [i.revision.repo for i in second.recipe.inputs] == ["cat/m"]
     assert third.withdrawn == () and not third.exact and third.recipe is not None
     assert json.loads(dumps(plan))["redo"][0]["version"] == "v1"
 
@@ -160,8 +193,8 @@ def test_what_was_never_used_cannot_be_forgotten(world: World) -> None:
 
 def test_lineage_that_goes_round_in_a_circle_ends(world: World) -> None:
     recipe = json.loads(world.read(Revision(BASE, world.hub.tagged[BASE]["v1"]), FILE))["recipe"]
-    base = {"repo": BASE, "sha": world.hub.tagged[BASE]["v2"]}
-    world.edit_manifest("v1", parent_version="v2", recipe=recipe | {"base": base})
+    base = Revision(BASE, world.hub.tagged[BASE]["v2"])
+    world.edit_manifest("v1", parent_version="v2", recipe=recipe | {"base": base.pinned})
     with pytest.raises(FusionError, match="go round in a circle at v2"):
         trace(world.hub, BASE)
 

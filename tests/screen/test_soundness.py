@@ -9,7 +9,7 @@ import pytest
 
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Contribution, Reason, Revision, dumps
-from hubfusion.screen import Bounds, Report, clip_factors, examine
+from hubfusion.screen import Bounds, Report, examine
 from tests.tiny import Tensors, base_tensors, finetuned, sharded, weights, write_folder
 
 WORDS = "bert.embeddings.word_embeddings.weight"
@@ -87,16 +87,6 @@ def test_honest_contributions_all_stay_and_are_measured_as_numpy_in_double_measu
             exact = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
             assert report.cosines[i][j] == pytest.approx(exact, abs=0.04)
     assert dumps(report).startswith("{")
-
-
-def test_the_median_norm_clip_scales_the_longer_ones_down_to_it(batch: Batch) -> None:
-    for i, step in enumerate((0.001, 0.002, 0.004)):
-        batch.add(finetuned(base_tensors(), i, step))
-    report = batch.examine()
-    factors = clip_factors(report)
-    assert factors[:2] == (1.0, 1.0) and factors[2] == pytest.approx(0.5, abs=0.02)
-    assert factors[2] * report.measures[2].norm == pytest.approx(report.median)
-    assert clip_factors(report, bound=report.measures[0].norm)[1] == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -364,7 +354,6 @@ def test_a_base_that_is_not_finite_is_an_error(batch: Batch, tmp_path: Path) -> 
 def test_nobody_is_a_batch_too(batch: Batch) -> None:
     report = batch.examine()
     assert report.measures == report.rejected == report.accepted == () and report.median == 0.0
-    assert clip_factors(report) == ()
 
 
 def test_progress_ends_at_all_entries(batch: Batch) -> None:

@@ -21,7 +21,7 @@ from hubfusion.fuse.methods.statistics import fisher, regmean
 __all__ = ["METHODS", "Method", "Need", "Granularity"]
 
 METHODS: Mapping[str, Method] = {
-    "average": Method(average, needs=Need.NORMS, by_row=True, is_sum=True, as_sum=average_sum),
+    "average": Method(average, needs=Need.NORMS, by_row=True, is_sum=True, as_sum=average_sum, is_mean=True),
     "task_arithmetic": Method(task_arithmetic, by_row=True, is_sum=True, as_sum=task_arithmetic_sum),
     "ties": Method(ties, needs=Need.THRESHOLDS, by_row=True),
     "dare": Method(dare, needs=Need.DRAWS, by_row=True),

@@ -50,7 +50,8 @@ class Method:
     With them, a function that is ``by_row`` goes through the deltas once, in their order, and may be given any
     iterable of which an array is valid until the next but one is taken: they need not be in memory together. One that
     ``is_sum`` only adds multiples of them, so what is not finite in a delta shows in the result. ``as_sum`` takes the
-    coefficients and the options, and gives that sum when it is known before any delta is.
+    coefficients and the options, and gives that sum when it is known before any delta is. One that ``is_mean`` gives
+    Σ α_i τ_i / Σ α_i whenever it has such a sum.
     """
 
     function: Callable[..., Array]
@@ -59,6 +60,14 @@ class Method:
     by_row: bool = False
     is_sum: bool = False
     as_sum: Callable[..., Sum | None] | None = None
+    is_mean: bool = False
+
+    def divisor(self, coefficients: Sequence[float]) -> float:
+        """What the method divides Σ α_i τ_i by beyond the number of inputs: the mean α of a mean, else 1.
+
+        A recipe whose coefficients change keeps the size of its step when its scale is multiplied by this.
+        """
+        return sum(coefficients) / len(coefficients) if self.is_mean else 1.0
 
     @property
     def summary(self) -> str:
