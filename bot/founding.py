@@ -13,6 +13,7 @@ from hubfusion.hub import Change, Hub, Kind
 from hubfusion.hub.cards import TAG
 from hubfusion.lineage import Revision
 from hubfusion.release.card import render
+from hubfusion.release.manifest import NOT_THE_MODEL
 
 ALLOWED = (".json", ".safetensors", ".txt", ".model")
 
@@ -36,7 +37,9 @@ def found_base(run: Run, model: Path, license: str, language: str) -> Revision:
         return Revision(config.base, tags["v0"])
     metadata = {"license": license, "language": language, "library_name": "transformers", "tags": [TAG]}
     card = render("v0.md.j2", metadata, repo=config.base, code_repo=Markup(config.base))
-    files: dict[str, bytes | Path] = {p.name: p for p in sorted(model.iterdir()) if p.suffix in ALLOWED}
+    files: dict[str, bytes | Path] = {
+        path.name: path for path in sorted(model.iterdir()) if path.suffix in ALLOWED and path.name not in NOT_THE_MODEL
+    }
     sha = hub.resolve(config.base).sha
     if not _has(hub, Revision(config.base, sha), "config.json"):
         change = Change("v0: the pretrained model", sha, run.nonce, {**files, "README.md": card.encode()})

@@ -23,7 +23,7 @@ from hubfusion.errors import CheckpointError
 MAX_SHARD_BYTES = 50 * 10**9
 HASHED_BYTES = 1 << 20
 PARTIAL = ".fusing"
-MANIFEST = "fusion.json"
+MANIFEST = "fuse.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ def _parser() -> ArgumentParser:
     add("--device", help="torch device; numpy on the CPU without it")
     add("--max-shard-size", default="50GB", help="as in transformers: 5GB, 500MB")
     add("--workers", type=int, help="processes at work (default: one for small models, else the cores, at most 4)")
-    add("--digest", action=BooleanOptionalAction, default=True, help="put sha256 of the files into fusion.json")
+    add("--digest", action=BooleanOptionalAction, default=True, help="put sha256 of the files into fuse.json")
     add("--norms", action=BooleanOptionalAction, default=True, help="put the norms of the deltas into it")
     add("--endpoint", default=os.environ.get("HF_ENDPOINT", ENDPOINT), help="the Hub for ids (HF_ENDPOINT)")
     return parser

@@ -24,7 +24,7 @@ COMPANIONS = (
 
 
 def finish(recipe: Recipe, base: Path, fused: Fused, out: Path) -> None:
-    """Copy the base's companions, then write ``recipe.toml``, ``README.md`` and, last, ``fusion.json``.
+    """Copy the base's companions, then write ``recipe.toml``, ``README.md`` and, last, ``fuse.json``.
 
     The manifest's existence means that the folder is whole. What an older fuse in this folder left and this one does
     not (another tokenizer's files, an outer optimizer's state) is removed.
@@ -152,6 +152,6 @@ def card_text(recipe: Recipe, fused: Fused) -> str:
             f"outer optimizer `{recipe.outer}`).", "",
             f"{len(fused.fused)} parameters are fused.{kept} Task heads are not fused: train a new one.", "",
             "| finetune | coefficient | norm of its delta |", "|---|---:|---:|", *rows, "",
-            "`hubfusion fuse recipe.toml --out DIR` gives the same bytes; `fusion.json` has their sha256.", "",
+            "`hubfusion fuse recipe.toml --out DIR` gives the same bytes; `fuse.json` has their sha256.", "",
         ]
     )  # fmt: skip

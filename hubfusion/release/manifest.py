@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hubfusion.checkpoint import MANIFEST as FUSE_MANIFEST
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.scores import Scores
 from hubfusion.lineage import Contributed, Recipe, RemoteFile, Revision, from_json, loads
@@ -19,7 +20,7 @@ from hubfusion.release.isolation import Trial
 FILE = "fusion.json"
 SCHEMA = 2
 REPORT = ("soundness.json", "weight-space.svg")
-NOT_THE_MODEL = ("README.md", FILE, "model.sig", ".gitattributes", *REPORT)
+NOT_THE_MODEL = ("README.md", FILE, "model.sig", ".gitattributes", *REPORT, FUSE_MANIFEST, "recipe.toml")
 MAX_BYTES = 32 << 20
 PACKAGES = ("hubfusion", "numpy", "torch", "transformers", "datasets", "huggingface_hub", "scikit-learn")
 

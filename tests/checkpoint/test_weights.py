@@ -161,7 +161,7 @@ def test_transformers_reads_the_shards_and_index_that_we_write(tmp_path):
 
 def test_a_reused_folder_never_mixes_old_and_new_weights(tmp_path):
     write(tmp_path, 1.0, max_shard_bytes=24)
-    (tmp_path / "fusion.json").write_text("{}")
+    (tmp_path / "fuse.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     write(tmp_path, 2.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

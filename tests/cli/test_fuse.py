@@ -50,9 +50,9 @@ def test_a_fuse_of_folders_leaves_weights_config_recipe_manifest_and_card(models
     out = tmp_path / "out"
     assert run("fuse", "--method", "ties", "--density", "0.5", base, *inputs, "--out", out) == 0
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "config.json", "fusion.json", "model.safetensors", "recipe.toml", "vocab.txt",
+        "README.md", "config.json", "fuse.json", "model.safetensors", "recipe.toml", "vocab.txt",
     ]  # fmt: skip
-    manifest = json.loads((out / "fusion.json").read_text())
+    manifest = json.loads((out / "fuse.json").read_text())
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert manifest["files"] == [
         {"name": "model.safetensors", "sha256": digest, "size": (out / "model.safetensors").stat().st_size}
@@ -69,7 +69,7 @@ def test_the_recipe_that_was_left_gives_the_same_bytes(models, tmp_path):
     options = ["--method=dare_ties", "--density=0.4", "--seed", "3", "--coefficients", "1,2,3", "--scale", "0.7"]
     assert run("fuse", *options, base, *inputs, "--out", tmp_path / "out") == 0
     assert run("fuse", tmp_path / "out" / "recipe.toml", "--out", tmp_path / "again") == 0
-    for name in ("model.safetensors", "fusion.json", "recipe.toml", "README.md"):
+    for name in ("model.safetensors", "fuse.json", "recipe.toml", "README.md"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
@@ -100,7 +100,7 @@ def test_the_outer_optimizers_state_is_found_in_the_base_folder(models, tmp_path
 def test_inverse_norm_coefficients_are_written_into_the_recipe(models, tmp_path):
     base, inputs = models
     assert run("fuse", "--coefficients", "inverse-norm", base, *inputs, "--out", tmp_path / "out") == 0
-    manifest = json.loads((tmp_path / "out" / "fusion.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "fuse.json").read_text())
     products = [i["coefficient"] * i["delta_norm"] for i in manifest["inputs"]]
     assert products == pytest.approx([products[0]] * 3, rel=1e-4)
 

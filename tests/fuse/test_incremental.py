@@ -169,7 +169,7 @@ def test_the_files_are_those_of_a_fuse_of_all_inputs_together(hub, tmp_path, dty
     on_arrival(given, tmp_path / "one by one", **settings)
     all_there(given, tmp_path / "together", **settings)
     assert contents(tmp_path / "one by one") == contents(tmp_path / "together")
-    manifest = json.loads((tmp_path / "together" / "fusion.json").read_text())
+    manifest = json.loads((tmp_path / "together" / "fuse.json").read_text())
     assert manifest["kept_from_base"] == ["embeddings.position_ids", "pooler.dense.weight"]  # which ann/m5 lacks
     assert list(hub.room.iterdir()) == []
 

@@ -163,7 +163,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_byte(hub, requests, m
 def test_a_fuse_of_ids_leaves_a_recipe_that_gives_the_same_bytes(hub, ups, tmp_path):
     out = tmp_path / "out"
     assert run("fuse", "ann/base", "ann/m1@main", ups / "up2", "--out", out, "--endpoint", hub.endpoint) == 0
-    manifest = json.loads((out / "fusion.json").read_text())
+    manifest = json.loads((out / "fuse.json").read_text())
     base, one = manifest["base"], manifest["inputs"][0]["model"]
     assert base.startswith("ann/base@") and one.startswith("ann/m1@") and len(one) == len("ann/m1@") + 40
     assert (out / "config.json").exists() and not (out / "evil.py").exists()
@@ -194,18 +194,18 @@ def test_the_command_adds_up_six_ids_as_they_come_to_what_six_folders_give(hub, 
     assert run("fuse", "ann/base", *SIX, "--out", tmp_path / "ids", "--endpoint", hub.endpoint) == 0
     assert "added up 6 inputs as they came" in caplog.text
     assert run("fuse", ups / "up0", *(ups / f"up{i}" for i in range(1, 7)), "--out", tmp_path / "folders") == 0
-    one, other = (json.loads((tmp_path / n / "fusion.json").read_text()) for n in ("ids", "folders"))
+    one, other = (json.loads((tmp_path / n / "fuse.json").read_text()) for n in ("ids", "folders"))
     assert one["files"] == other["files"]
     assert [i["delta_norm"] for i in one["inputs"]] == [i["delta_norm"] for i in other["inputs"]]
     assert run("fuse", tmp_path / "ids" / "recipe.toml", "--out", tmp_path / "again", "--endpoint", hub.endpoint) == 0
-    assert (tmp_path / "again" / "fusion.json").read_bytes() == (tmp_path / "ids" / "fusion.json").read_bytes()
+    assert (tmp_path / "again" / "fuse.json").read_bytes() == (tmp_path / "ids" / "fuse.json").read_bytes()
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_coefficients_by_norm_wait_for_all_inputs(hub, tmp_path):
     options = ["--coefficients", "inverse-norm", "--endpoint", hub.endpoint]
     assert run("fuse", "ann/base", *SIX, "--out", tmp_path / "out", *options) == 0
-    manifest = json.loads((tmp_path / "out" / "fusion.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "fuse.json").read_text())
     products = [i["coefficient"] * i["delta_norm"] for i in manifest["inputs"]]
     assert products == pytest.approx([products[0]] * 6, rel=1e-4)
 

@@ -86,7 +86,7 @@ def test_a_reused_folder_keeps_nothing_of_another_fuse(tmp_path):
     (base / "tokenizer.json").write_text("{}")
     assert run("fuse", base, *inputs, "--out", out) == 0
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "fusion.json", "model.safetensors", "recipe.toml", "tokenizer.json",
+        "README.md", "fuse.json", "model.safetensors", "recipe.toml", "tokenizer.json",
     ]  # fmt: skip
 
 
