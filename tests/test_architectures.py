@@ -20,8 +20,8 @@ from hubfusion.checkpoint.backbone import match, read_backbone
 from hubfusion.checkpoint.model_types import find_model_type
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
-from tests.checkpoints import recipe_of
 from tests.architectures import models, task_classes, tiny_config
+from tests.checkpoints import recipe_of
 
 PRETRAINING = ("MaskedLM", "CausalLM", "Seq2SeqLM", "PreTraining")
 DEFAULT = [
@@ -66,7 +66,7 @@ def check(folder: Path, base: Path, kind: type, task: type, config: Any, variant
         model.to(variant.get("dtype", torch.float32)).save_pretrained(place, **variant.get("save", {}))
     with open_checkpoint(base) as ours, open_checkpoint(places[0]) as theirs:
         match(read_backbone(base, ours), ours.parameters, theirs.parameters)
-    fuse(Plan(("one", "two"), (1.0, 1.0)), base, places, folder / "out")
+    fuse(recipe_of(["one", "two"]), base, places, folder / "out")
     shutil.copy(base / "config.json", folder / "out" / "config.json")
     loaded, info = AutoModel.from_pretrained(folder / "out", output_loading_info=True)
     fused = {n: p for n, p in inner(loaded, kind).items() if n not in info["missing_keys"]}  # what the base stores
