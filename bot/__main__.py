@@ -93,12 +93,17 @@ def serve(config: ConfigFile = DEFAULT_CONFIG) -> None:
 
 @app.command()
 def found(
-    model: Annotated[Path, typer.Argument(help="Folder with config, tokenizer and safetensors of a pretrained model.")],
-    license: Annotated[str, typer.Option(help="License of the model, as the Hub names it (apache-2.0, mit, …).")],
+    model: Annotated[str, typer.Argument(help="A folder with config, tokenizer and safetensors, or OWNER/NAME[@REV].")],
+    license: Annotated[
+        str | None, typer.Option(help="License, as the Hub names it (apache-2.0, mit, …); its own card's by default.")
+    ] = None,
     config: ConfigFile = DEFAULT_CONFIG,
-    language: Annotated[str, typer.Option(help="Language of the model.")] = "en",
+    language: Annotated[str | None, typer.Option(help="Language; its own card's by default, else en.")] = None,
 ) -> None:
-    """Found a base: push a pretrained model as v0, and make its ledger and its ranking. Safe to repeat."""
+    """Found a base: push a pretrained model as v0, and make its ledger and its ranking. Safe to repeat.
+
+    [dim]python -m bot found FacebookAI/roberta-base[/]
+    """
     from bot.founding import found_base
 
     configure_logging()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from markupsafe import Markup
@@ -11,18 +12,28 @@ from bot.ledger import FILE as LEDGER_FILE
 from hubfusion.errors import FusionError, NotFound
 from hubfusion.hub import Change, Hub, Kind
 from hubfusion.hub.cards import TAG
-from hubfusion.lineage import Revision
-from hubfusion.release.card import render
-from hubfusion.release.manifest import NOT_THE_MODEL
+from hubfusion.lineage import REPO_ID, Revision
+from hubfusion.release.card import merge_metadata, render
+from hubfusion.release.founding import fetch_model, read_founding
 
-ALLOWED = (".json", ".safetensors", ".txt", ".model")
+log = logging.getLogger(__name__)
 
 
-def found_base(run: Run, model: Path, license: str, language: str) -> Revision:
-    """Push the folder ``model`` as ``v0`` and make ledger and ranking; what is there already is left as it is."""
+def found_base(run: Run, model: str, license: str | None, language: str | None) -> Revision:
+    """Push ``model`` as ``v0`` and make ledger and ranking; what is there already is left as it is.
+
+    ``model`` is a folder, or ``owner/name[@revision]`` on the Hub, which is pinned to a commit and named in the card.
+    """
     hub, config = run.hub, run.config
-    if not any(path.suffix == ".safetensors" for path in model.glob("*")):
-        raise FusionError(f"{model}: no .safetensors file here; save the pretrained model with save_pretrained first")
+    origin = None
+    if not (folder := Path(model)).is_dir():
+        repo, _, name = model.partition("@")
+        if not REPO_ID.fullmatch(repo):
+            raise FusionError(f"{model}: neither a folder here nor owner/name[@revision] on the Hub")
+        origin = run.reader.resolve(repo, name or "main")
+        folder = fetch_model(run.reader, origin, Path(config.work) / "founding" / origin.sha)
+        log.info("found: %s fetched", origin)
+    founding = read_founding(folder, license=license, language=language, origin=origin)
     matter = {
         "pretty_name": f"Ledger of {config.base}",
         "configs": [{"config_name": "default", "data_files": LEDGER_FILE}],
@@ -35,14 +46,11 @@ def found_base(run: Run, model: Path, license: str, language: str) -> Revision:
     tags = hub.tags(config.base)
     if "v0" in tags:
         return Revision(config.base, tags["v0"])
-    metadata = {"license": license, "language": language, "library_name": "transformers", "tags": [TAG]}
-    card = render("v0.md.j2", metadata, repo=config.base, code_repo=Markup(config.base))
-    files: dict[str, bytes | Path] = {
-        path.name: path for path in sorted(model.iterdir()) if path.suffix in ALLOWED and path.name not in NOT_THE_MODEL
-    }
+    metadata = merge_metadata(founding.metadata, {"tags": [TAG]})
+    card = render("v0.md.j2", metadata, repo=config.base, code_repo=Markup(config.base), origin=origin)
     sha = hub.resolve(config.base).sha
     if not _has(hub, Revision(config.base, sha), "config.json"):
-        change = Change("v0: the pretrained model", sha, run.nonce, {**files, "README.md": card.encode()})
+        change = Change("v0: the pretrained model", sha, run.nonce, {**founding.files, "README.md": card.encode()})
         sha = hub.commit(config.base, change)
     hub.tag(config.base, "v0", sha)
     return Revision(config.base, sha)

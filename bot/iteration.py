@@ -246,6 +246,7 @@ def promote_or_refuse(run: Run, release: Release, seen: Iteration, outcome: Outc
         recipe=outcome.candidate.recipe,
         contributions=outcome.candidate.contributions,
         weights=outcome.candidate.weights,
+        backbone=outcome.candidate.backbone,
         seen=seen_datasets(run, release, seen.contributions),
         base_scores=outcome.candidate.base_scores,
         candidate_scores=outcome.candidate.candidate_scores,

@@ -63,13 +63,15 @@ class CandidateJob:
 class Candidate:
     """A fused model in ``folder``, whose weights files are ``weights``, with its scores and those of its base.
 
-    ``contributions`` are those in it, ``decision`` is the gate's, ``report`` the files of the weight-space report.
+    ``contributions`` are those in it, ``backbone`` its declaration as a file, ``decision`` the gate's, ``report`` the
+    files of the weight-space report.
     """
 
     folder: str
     recipe: Recipe
     contributions: tuple[Contributed, ...]
     weights: tuple[RemoteFile, ...]
+    backbone: RemoteFile
     base_scores: Scores
     candidate_scores: Scores
     decision: Decision

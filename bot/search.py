@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bot.job import Candidate, CandidateJob, Outcome
+from hubfusion.checkpoint.backbone import FILE as BACKBONE
 from hubfusion.data.suite import Suite
 from hubfusion.errors import RecipeError
 from hubfusion.evaluate.protocols import Protocol
@@ -18,9 +19,10 @@ from hubfusion.evaluate.scores import Scores
 from hubfusion.evaluate.units import Evaluated
 from hubfusion.fuse.clipping import clip, clip_bound
 from hubfusion.lineage import Contributed, Contribution, Input, Reason, Recipe, Rejected, RemoteFile, Revision
+from hubfusion.release.founding import is_model_file
 from hubfusion.release.gate import Decision, decide
 from hubfusion.release.isolation import Culprit, Trial, isolate
-from hubfusion.release.manifest import NOT_THE_MODEL, REPORT, describe_file
+from hubfusion.release.manifest import REPORT, describe_file
 from hubfusion.screen import Report
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ class CandidateSearch:
         contributions = tuple(Contributed(c, self.norms[c.revision.pinned]) for c in chosen)
         report = tuple(describe_file(self.folder / file) for file in REPORT)
         self.longest = max(self.longest, time.monotonic() - began)
-        return Candidate(str(place), recipe, contributions, weights, base, scores, decision, report)
+        backbone = describe_file(place / BACKBONE)
+        return Candidate(str(place), recipe, contributions, weights, backbone, base, scores, decision, report)
 
     def recipe(self, chosen: Set) -> Recipe:
         """The recipe of the job's settings; clips to the bound of the whole batch, whatever part of it is chosen."""
@@ -86,14 +89,19 @@ class CandidateSearch:
 
     def fuse(self, recipe: Recipe, place: Path, more: Mapping[str, Path] | None = None) -> tuple[RemoteFile, ...]:
         """Fuse into ``place``, beside the base's own configuration and tokenizer; ``more`` adds folders by model."""
+        from hubfusion.checkpoint import WEIGHTS_NAME, open_checkpoint
+        from hubfusion.checkpoint.backbone import read_backbone, write_backbone
         from hubfusion.fuse import fuse
 
         folders = {**self.folders, **(more or {})}
         fused = fuse(recipe, self.base, [folders[each.model] for each in recipe.inputs], place)
-        for file in self.base.iterdir():
-            if file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
-                if file.name not in NOT_THE_MODEL:
-                    (place / file.name).write_bytes(file.read_bytes())
+        for file in self.base.rglob("*"):
+            path = file.relative_to(self.base).as_posix()
+            if file.is_file() and is_model_file(path) and not WEIGHTS_NAME.fullmatch(path):
+                (place / path).parent.mkdir(exist_ok=True)
+                (place / path).write_bytes(file.read_bytes())
+        with open_checkpoint(self.base) as checkpoint:
+            (place / BACKBONE).write_text(write_backbone(read_backbone(self.base, checkpoint)))
         return tuple(RemoteFile(f.name, f.size, "", f.sha256) for f in fused.files)
 
     def score(self, checkpoint: Path, suite: Suite, protocols: Sequence[Protocol], seeds: Sequence[int]) -> Scores:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from hubfusion.checkpoint import open_checkpoint
+from hubfusion.checkpoint.backbone import FILE as BACKBONE
+from hubfusion.checkpoint.backbone import read_backbone, write_backbone
 from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.fuse import fuse
 from hubfusion.hub import Change, Hub, connect
 from hubfusion.lineage import Contributed, Contribution, Input, Recipe, RemoteFile, Revision, dumps
 from hubfusion.release.gate import Decision
-from hubfusion.release.manifest import FILE, Manifest
+from hubfusion.release.manifest import FILE, Manifest, describe_file
 from hubfusion.release.signature import SIGNATURE, Keyless, sign
 from tests.fake_hub import FakeHub
 from tests.tiny import BASE, base_tensors, config, finetuned, weights, write_folder
@@ -86,18 +89,23 @@ class World:
     ) -> None:
         """Fuse by a recipe over the newest version and make the result the next one."""
         at = self.folder / f"made-{number}"
-        base = write_folder(at / "from", {WEIGHTS: self.read(self.head, WEIGHTS)})
+        base = write_folder(at / "from", {WEIGHTS: self.read(self.head, WEIGHTS), "config.json": config()})
         fused = fuse(recipe, base, paths, at / "out")
         made = tuple(RemoteFile(f.name, f.size, "0" * 40, f.sha256) for f in fused.files)
         norms = {each.input.model: each.norm or 0.0 for each in fused.inputs}
         contributed = tuple(Contributed(each, norms[each.revision.pinned]) for each in contributions)
+        (at / "out" / "config.json").write_bytes(config())
+        with open_checkpoint(at / "out") as checkpoint:
+            (at / BACKBONE).write_text(write_backbone(read_backbone(at / "out", checkpoint)))
+        declared = describe_file(at / BACKBONE)
         decision, parent = Decision(True, 0.4, (), "better by 0.4"), f"v{number - 1}"
         manifest = Manifest(
-            number, f"v{number}", parent, f"nonce-{number}", recipe, contributed, made, ("org/news",),
+            number, f"v{number}", parent, f"nonce-{number}", recipe, contributed, made, declared, ("org/news",),
             scores("base"), scores("candidate"), decision, {"python": "3.11"},
         )  # fmt: skip
         files: dict[str, bytes] = {"config.json": config(), FILE: dumps(manifest).encode()}
         files[WEIGHTS] = (at / "out" / WEIGHTS).read_bytes()
+        files[BACKBONE] = (at / BACKBONE).read_bytes()
         if self.signer:
             staged = write_folder(at / "staged", files)
             files[SIGNATURE] = sign(staged, self.signer).read_bytes()

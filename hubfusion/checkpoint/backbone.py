@@ -30,6 +30,8 @@ MAX_BYTES = 4 << 20
 FUSED_FILE = re.compile(
     rf"{WEIGHTS_NAME.pattern}|adapter_model\.safetensors|adapter_config\.json|config\.json|backbone\.json"
 )
+# Further modules of a SentenceTransformer, which come with its base: ``1_Pooling/config.json``.
+MODULE_FILE = re.compile(r"\d+_[A-Za-z]\w*/(config\.json|model\.safetensors)", re.ASCII)
 SCHEMA = 1
 
 
@@ -107,17 +109,18 @@ class Match:
 
 
 # ------------------------------------------------------------------------------------------------- the declaration
-def declare(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Backbone:
+def declare(config: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: ModelType | None = None) -> Backbone:
     """The backbone of a base with this ``config.json`` and these tensors.
 
-    A model type that the shipped table lacks is derived from transformers. Raises `CheckpointError` when transformers
+    ``facts`` are what transformers says of the model type: by default those of the shipped table, and what the table
+    lacks is derived now. Raises `CheckpointError` when transformers
     does not know it either, and when the tensors are not those of such a model. Without a ``model_type`` all float
     tensors of the base are its backbone, because nobody can say which are not.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         return _undeclared(tensors)
-    facts = find_model_type(kind) or derive_model_type(config)
+    facts = facts or find_model_type(kind) or derive_model_type(config)
     prefix = _own_prefix(facts, tensors)
     inside = [n[len(prefix) :] for n in tensors if _is_inside(n, prefix, facts.modules, facts.heads)]
     if not inside:
@@ -194,21 +197,22 @@ def _pattern(text: str) -> re.Pattern[str]:
     return _compiled[text]
 
 
-def read_backbone(path: Path, checkpoint: Checkpoint) -> Backbone:
+def read_backbone(path: Path, checkpoint: Checkpoint, facts: ModelType | None = None) -> Backbone:
     """The backbone of a base on this disk: as it is declared beside the weights, else `declare`d now.
 
-    ``path`` is the base's folder or weights file. Where it stores tied tensors several times, ties whose bytes differ
-    are no ties. Raises `CheckpointError` naming the file.
+    ``path`` is the base's folder or weights file. With ``facts``, as in `declare`, nothing that is declared beside it
+    is read. Where it stores tied tensors several times, ties whose bytes differ are no ties. Raises `CheckpointError`
+    naming the file.
     """
     folder = path if path.is_dir() else path.parent
-    if (folder / FILE).is_file():
+    if facts is None and (folder / FILE).is_file():
         return parse_backbone((folder / FILE).read_bytes(), str(folder / FILE), checkpoint.parameters)
     try:
         config = parse_config((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else {}
-        backbone = declare(config, checkpoint.parameters)
+        backbone = declare(config, checkpoint.parameters, facts)
         ties = [(name_in_base(backbone, alias), name_in_base(backbone, name)) for alias, name in backbone.ties]
         if not all(_same_bytes(checkpoint, alias, name) for alias, name in ties if alias in checkpoint.parameters):
-            backbone = declare({**config, "tie_word_embeddings": False}, checkpoint.parameters)
+            backbone = declare({**config, "tie_word_embeddings": False}, checkpoint.parameters, facts)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return backbone

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hubfusion
 from hubfusion.checkpoint import MANIFEST
+from hubfusion.checkpoint.backbone import MODULE_FILE
 from hubfusion.fuse.engine import Fused
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.outer import OUTERS, STATE_FILE
@@ -19,7 +20,8 @@ from hubfusion.lineage import Recipe, dumps, to_json
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tokenizer.model", "LICENSE",
+    "tokenizer.model", "backbone.json", "LICENSE",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",  # of a SentenceTransformer
 )  # fmt: skip
 
 
@@ -29,8 +31,9 @@ def finish(recipe: Recipe, base: Path, fused: Fused, out: Path) -> None:
     The manifest's existence means that the folder is whole. What an older fuse in this folder left and this one does
     not (another tokenizer's files, an outer optimizer's state) is removed.
     """
-    for name in COMPANIONS:
+    for name in sorted({*COMPANIONS, *_modules(base), *_modules(out)}):
         if (base / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, out / name)
         else:
             (out / name).unlink(missing_ok=True)
@@ -39,6 +42,12 @@ def finish(recipe: Recipe, base: Path, fused: Fused, out: Path) -> None:
     _write(out / "recipe.toml", write_recipe(recipe))
     _write(out / "README.md", card_text(recipe, fused))
     _write(out / MANIFEST, manifest_text(recipe, fused))
+
+
+def _modules(folder: Path) -> set[str]:
+    """Files of a SentenceTransformer's further modules."""
+    names = (path.relative_to(folder).as_posix() for path in folder.glob("*_*/*"))
+    return {name for name in names if MODULE_FILE.fullmatch(name)}
 
 
 def _write(path: Path, text: str) -> None:

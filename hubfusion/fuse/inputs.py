@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubfusion.checkpoint import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter, adapters
+from hubfusion.checkpoint.backbone import MODULE_FILE
 from hubfusion.checkpoint.headers import header_bytes, parse_header, parse_index
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse.first_pass import ACTIVATIONS_FILE, FISHER_FILE
@@ -162,6 +163,7 @@ def _needed(recipe: Recipe, number: int, files: set[str]) -> set[str]:
     if number:
         return wanted | files & {STATISTICS.get(METHODS[recipe.method].needs, "")}
     keeps_state = OUTERS[recipe.outer].slots and not recipe.state
+    wanted |= {f for f in files if MODULE_FILE.fullmatch(f)}
     return wanted | files & {*COMPANIONS, *([STATE_FILE] if keeps_state else [])}
 
 

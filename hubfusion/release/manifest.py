@@ -30,7 +30,8 @@ class Manifest:
     """One promoted iteration.
 
     ``recipe`` names the base and the inputs by commit; ``contributions`` say what each input is and what was measured
-    of it; ``weights`` are the files that the recipe produced; ``seen`` names the evaluation datasets that this version
+    of it; ``weights`` are the files that the recipe produced, ``backbone`` the base's declaration of which of their
+    tensors finetunes share (`hubfusion.checkpoint.backbone`); ``seen`` names the evaluation datasets that this version
     or one before it was trained on; ``nonce`` is also in the commit's message, so that the commit is found again after
     a crash.
 
@@ -45,6 +46,7 @@ class Manifest:
     recipe: Recipe
     contributions: tuple[Contributed, ...]
     weights: tuple[RemoteFile, ...]
+    backbone: RemoteFile
     seen: tuple[str, ...]
     base_scores: Scores
     candidate_scores: Scores

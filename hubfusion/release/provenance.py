@@ -139,7 +139,7 @@ def _compare_manifest(
             yield f"{path} is {'missing in the repository' if path in promised else f'not in {FILE}'}"
         elif (found := listed[path].sha256 or "no sha256") != promised[path].sha256:
             yield f"{path} has sha256 {found[:16]}, {FILE} says {str(promised[path].sha256)[:16]}"
-    for file in manifest.report:
+    for file in (manifest.backbone, *manifest.report):
         if file.path not in listed or listed[file.path].blob != file.blob:
             yield f"{file.path} is not the one that {FILE} names"
 

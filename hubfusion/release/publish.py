@@ -86,6 +86,7 @@ def plan_release(hub: Hub, release: Release, manifest: Manifest, weights: Path, 
     files: dict[str, bytes | Path] = {file.path: weights / file.path for file in manifest.weights}
     head = Revision(release.revision.repo, release.head)
     old = {*weight_hashes(hub, head), *(f.path for f in hub.files(head) if f.path == SIGNATURE)}
+    files[manifest.backbone.path] = weights / manifest.backbone.path
     files |= {file.path: weights.parent / file.path for file in manifest.report}
     files["README.md"] = card.encode()
     files[FILE] = dumps(manifest).encode()

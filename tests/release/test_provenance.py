@@ -221,7 +221,7 @@ def test_a_download_with_other_bytes_than_listed_is_a_difference_of_verify(
 
     monkeypatch.setattr(world.hub, "download", corrupt)
     found = verify(world.hub, BASE, "v1", tmp_path).differences
-    assert len(found) == 3 and any("model.safetensors: the bytes" in d for d in found)
+    assert len(found) == 4 and any("model.safetensors: the bytes" in d for d in found)
 
 
 # -- signatures: only where model-signing is installed ------------------------------------------------------------
