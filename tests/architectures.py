@@ -35,6 +35,7 @@ CONSISTENT: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # one of each kind for two layers
     "granitemoehybrid": {"mamba_d_head": WIDTH},
     "mamba2": {"head_dim": WIDTH},
+    "reformer": {"axial_pos_embds_dim": [WIDTH // 2, WIDTH // 2]},  # together the width
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},  # two that share a block
 }
 
@@ -45,6 +46,9 @@ NOT_BUILT: dict[str, str] = {
     "janus": "its image codebook has 70 million parameters",
     "vibevoice_asr": "its audio tokenizers have 680 million parameters",
 }
+
+# Task classes that no config of their type builds together with its others.
+REFUSED = {"ReformerModelWithLMHead": "wants is_decoder, which ReformerForMaskedLM does not allow"}
 
 
 def tiny_config(name: str) -> Any:
@@ -78,12 +82,12 @@ def _small(key: str, value: Any, layers: Any) -> Any:
 
 
 def task_classes(name: str) -> list[tuple[str, Any]]:
-    """The task classes of a model type, each once, with the first task that it is for."""
+    """The task classes of a model type, each once, with the first task that it is for; without the `REFUSED`."""
     config = CONFIG_MAPPING[name](**derive.NEEDED.get(name, {}))
     found: dict[Any, str] = {}
     for task, cls in derive.task_classes(config).items():
         found.setdefault(cls, task)
-    return [(task, cls) for cls, task in found.items()]
+    return [(task, cls) for cls, task in found.items() if cls.__name__ not in REFUSED]
 
 
 def models() -> list[str]:

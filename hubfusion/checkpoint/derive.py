@@ -219,7 +219,7 @@ def _build(name: str, cls: Any, config: Any) -> Stored:
 
 
 def _build_tasks(name: str, backbone: Stored, tasks: Mapping[str, Any], config: Any) -> list[_Task]:
-    """The task classes; one that refuses this config (Reformer's, by ``is_decoder``) is left out."""
+    """The task classes, without those that refuse this config and so have no finetunes (one of Reformer's)."""
     parts, errors = [], []
     for task, cls in tasks.items():
         try:
