@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hubfusion.codec import from_json, parse_toml
 from hubfusion.data.suite import Suite, load_suite
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.fuse import METHODS
 from hubfusion.fuse.clipping import can_clip
-from hubfusion.lineage import Option, from_json
+from hubfusion.lineage import Option
 from hubfusion.release.gate import Margins
 from hubfusion.release.scan import Scan
 from hubfusion.release.signature import Keyless
@@ -127,12 +127,10 @@ class Access:
 def read_config(path: Path) -> Config:
     """Read ``bot.toml``; an unknown key, a wrong type or a missing one is named with its path."""
     try:
-        data = tomllib.loads(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise FusionError(f"{path}: cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise FusionError(f"{path}: not TOML: {error}") from None
-    config = from_json(Config, data, str(path))
+    config = from_json(Config, parse_toml(text, str(path)), str(path))
     probe = config.leave_one_out
     evaluate = _beside(path, config.evaluate)
     return replace(config, evaluate=evaluate, leave_one_out=_beside(path, probe) if probe else None)

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bot.job import OUTCOME, CandidateJob, Outcome
+from hubfusion.codec import dumps, loads
 from hubfusion.errors import FusionError
-from hubfusion.lineage import dumps, loads
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hubfusion.codec import from_json, to_json
 from hubfusion.errors import Conflict, FusionError, NotFound
 from hubfusion.hub import Change, Hub, Kind
-from hubfusion.lineage import Reason, Revision, from_json, to_json
+from hubfusion.lineage import Reason, Revision
 from hubfusion.release.isolation import Trial
 
 FILE = "ledger.jsonl"

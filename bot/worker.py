@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bot.job import OUTCOME, CandidateJob, Outcome
 from bot.search import CandidateSearch
+from hubfusion.codec import dumps, loads
 from hubfusion.errors import FusionError
-from hubfusion.lineage import dumps, loads
 from hubfusion.release.manifest import REPORT
 
 log = logging.getLogger(__name__)

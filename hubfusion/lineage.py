@@ -3,28 +3,22 @@
 `crawl` yields `Finetune`s, `screen` turns each into a `Contribution` or a `Rejected`, `fuse` follows a `Recipe`, and
 `publish` writes a `Manifest` (``fusion.json``) with what was measured of each `Contributed` beside the weights. Whoever
 reads these types has read the program.
-JSON is strict in both directions: an unknown or missing key is an error that names it.
+`hubfusion.codec` reads and writes them as JSON.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from hubfusion.errors import FusionError
 
 REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
-T = TypeVar("T")
 Option = str | int | float | bool
 
 
@@ -222,106 +216,3 @@ class Recipe:
     def order(self) -> list[int]:
         """Positions of the inputs in the canonical order of every sum: by name, then by coefficient."""
         return sorted(range(len(self.inputs)), key=self.inputs.__getitem__)
-
-
-def to_json(value: Any) -> Any:
-    """Plain JSON data (dict, list, str, int, float, bool, None) of a lineage value, fields by name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_json(v) for v in value]
-    return value.value if isinstance(value, StrEnum) else value
-
-
-def dumps(value: Any) -> str:
-    """JSON text of a value: sorted keys, two spaces, a newline at the end, NaN refused; the same value, same text."""
-    return json.dumps(to_json(value), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def digest(data: Any) -> str:
-    """16 hexadecimal digits of the canonical JSON of plain data."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def from_json(kind: type[T], data: Any, where: str = "$") -> T:
-    """Read ``data`` (parsed JSON) as the dataclass ``kind``.
-
-    Unknown keys, missing keys and values of another type raise `FusionError` with the path, e.g.
-    ``$.recipe.scale: a number is needed, got 'one'``.
-    """
-    return typing.cast(T, _read(kind, data, where))
-
-
-def loads(kind: type[T], text: str | bytes, where: str) -> T:
-    """Read JSON text as the dataclass ``kind``; ``where`` names the file in errors."""
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise FusionError(f"{where}: not JSON: {error}") from None
-    return from_json(kind, data, where)
-
-
-def _read(kind: Any, data: Any, where: str) -> Any:
-    if kind is Any:
-        return data
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _read_union(arguments, data, where)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise FusionError(f"{where}: a list is needed, got {data!r:.60}")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(data))
-        if len(data) != len(arguments):
-            raise FusionError(f"{where}: {len(arguments)} entries are needed, got {len(data)}")
-        return tuple(_read(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, data, strict=True)))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(data, dict):
-            raise FusionError(f"{where}: an object is needed, got {data!r:.60}")
-        return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(typing.cast(type, kind), data, where)
-    return _read_plain(kind, data, where)
-
-
-def _read_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
-    if data is None and type(None) in arguments:
-        return None
-    rest = [a for a in arguments if a is not type(None)]
-    for argument in rest[:-1]:
-        try:
-            return _read(argument, data, where)
-        except FusionError:
-            continue
-    return _read(rest[-1], data, where)
-
-
-def _read_dataclass(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise FusionError(f"{where}: an object is needed, got {data!r:.60}")
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
-    if unknown := sorted(set(data) - {f.name for f in fields}):
-        raise FusionError(f"{where}: unknown key {unknown[0]!r}, allowed are {', '.join(f.name for f in fields)}")
-    values = {}
-    for field in fields:
-        if field.name in data:
-            values[field.name] = _read(hints[field.name], data[field.name], f"{where}.{field.name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise FusionError(f"{where}: key {field.name!r} is missing")
-    return kind(**values)
-
-
-def _read_plain(kind: Any, data: Any, where: str) -> Any:
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        if data not in [m.value for m in kind]:
-            raise FusionError(f"{where}: must be one of {', '.join(kind)}, got {data!r:.60}")
-        return kind(data)
-    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
-        return float(data)
-    if kind in (str, int, bool) and type(data) is kind:
-        return data
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    raise FusionError(f"{where}: {names.get(kind, kind)} is needed, got {data!r:.60}")

@@ -12,10 +12,11 @@ import pytest
 from hubfusion.checkpoint import open_checkpoint
 from hubfusion.checkpoint.backbone import FILE as BACKBONE
 from hubfusion.checkpoint.backbone import read_backbone, write_backbone
+from hubfusion.codec import dumps
 from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.fuse import fuse
 from hubfusion.hub import Change, Hub, connect
-from hubfusion.lineage import Contributed, Contribution, Input, Recipe, RemoteFile, Revision, dumps
+from hubfusion.lineage import Contributed, Contribution, Input, Recipe, RemoteFile, Revision
 from hubfusion.release.gate import Decision
 from hubfusion.release.manifest import FILE, Manifest, describe_file
 from hubfusion.release.signature import SIGNATURE, Keyless, sign

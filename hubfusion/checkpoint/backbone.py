@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from hubfusion.checkpoint.model_types import ModelType, derive_model_type, find_model_type
 from hubfusion.checkpoint.reader import FLOATS, WEIGHTS_NAME, Checkpoint
+from hubfusion.codec import dumps, loads
 from hubfusion.errors import CheckpointError
-from hubfusion.lineage import dumps, loads
 
 FILE = "backbone.json"
 CONFIG = "config.json"

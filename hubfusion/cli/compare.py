@@ -47,8 +47,8 @@ def compare(
 
 
 def _read(path: Path) -> Scores:
+    from hubfusion.codec import loads
     from hubfusion.evaluate.scores import Scores
-    from hubfusion.lineage import loads
 
     try:
         return loads(Scores, path.read_bytes(), str(path))

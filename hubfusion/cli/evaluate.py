@@ -93,9 +93,9 @@ def evaluate(
 
     Example: hubfusion evaluate ibm/ColD-Fusion --suite offline --protocol linear-probing,finetune --seeds 0,1
     """
+    from hubfusion.codec import dumps
     from hubfusion.data.suite import load_suite
     from hubfusion.evaluate.units import plan_units, score_units
-    from hubfusion.lineage import dumps
 
     chosen, recipe = load_suite(suite), _protocols(protocol, recipes)
     settings = Settings(engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once)
@@ -182,10 +182,10 @@ def audit(
 
     Exit code 1 if anything was found. Example: hubfusion audit models_tested.csv --out findings.json
     """
+    from hubfusion.codec import dumps
     from hubfusion.data.suite import load_suite
     from hubfusion.evaluate.audit import Kind, read_table
     from hubfusion.evaluate.audit import audit as examine
-    from hubfusion.lineage import dumps
 
     datasets = load_suite(suite).datasets
     sizes = {d.name: d.test_size for d in datasets if d.test_size is not None and d.metric.value == "accuracy"}

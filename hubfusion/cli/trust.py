@@ -62,7 +62,7 @@ def inspect(
 
     Example: hubfusion inspect ann/news bob/mail --base ibm/ColD-Fusion@v3 --svg region.svg
     """
-    from hubfusion.lineage import dumps
+    from hubfusion.codec import dumps
     from hubfusion.screen import examine
     from hubfusion.screen.weight_space import draw, lines
 
@@ -171,7 +171,7 @@ def forget(
 
     Example: hubfusion forget ann/news --base ibm/ColD-Fusion --out plan.json
     """
-    from hubfusion.lineage import dumps
+    from hubfusion.codec import dumps
     from hubfusion.release.provenance import forget as plan
 
     found = plan(open_hub(), base, model)

@@ -6,15 +6,14 @@ from the Hub (``HF_ENDPOINT``) at a pinned commit, without a token: what is scor
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
+from hubfusion.codec import digest, from_json, parse_toml, to_json
 from hubfusion.errors import EvaluationError, FusionError
-from hubfusion.lineage import digest, from_json, to_json
 
 
 class Metric(StrEnum):
@@ -181,7 +180,7 @@ def load_suite(name: str | Path) -> Suite:
             raise EvaluationError(f"suite {str(name)!r}: not a file, and not one of {known}") from None
         folder = Path(name).parent
     try:
-        data = tomllib.loads(text)
+        data = parse_toml(text, str(name))
         data["datasets"] = [data.get("defaults", {}) | d for d in data.get("datasets", [])]
         data.pop("defaults", None)
         suite = from_json(Suite, data, str(name))

@@ -5,15 +5,14 @@ Imports nothing heavy: a stored result is found by its protocol's hash alone.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from hubfusion.codec import digest, from_json, parse_toml, to_json
 from hubfusion.errors import EvaluationError, FusionError
-from hubfusion.lineage import digest, from_json, to_json
 from hubfusion.train import Mode, Training
 
 # Part of every protocol hash: raised when the code changes what an unchanged recipe computes.
@@ -89,8 +88,8 @@ def read_protocols(path: Path) -> dict[str, Protocol]:
     ``[finetune] like = "finetune"`` is implied when the table has a standard name; ``training`` is a nested table.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tables = parse_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: not a protocol file: {error}") from None
     return {name: _read_protocol(f"{path}: {name}", name, table) for name, table in tables.items()}
 

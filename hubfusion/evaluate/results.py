@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from hubfusion.codec import dumps
 from hubfusion.errors import Conflict, HubError, NotFound
 from hubfusion.evaluate.units import Evaluated, Result, Unit, parse_result, path_of, read_result, write_result
 from hubfusion.hub import Change, Hub, Kind
-from hubfusion.lineage import Revision, dumps
+from hubfusion.lineage import Revision
 
 log = logging.getLogger(__name__)
 

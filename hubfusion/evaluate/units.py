@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hubfusion.codec import digest, dumps, loads
 from hubfusion.data.loading import resolve
 from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.scores import Provenance, Score, Scores
-from hubfusion.lineage import digest, dumps, loads
 
 log = logging.getLogger(__name__)
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # what a model is loaded from, by suffix

@@ -11,11 +11,12 @@ from pathlib import Path
 import hubfusion
 from hubfusion.checkpoint import MANIFEST
 from hubfusion.checkpoint.backbone import MODULE_FILE
+from hubfusion.codec import dumps, to_json
 from hubfusion.fuse.engine import Fused
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.outer import OUTERS, STATE_FILE
 from hubfusion.fuse.recipe import write_recipe
-from hubfusion.lineage import Recipe, dumps, to_json
+from hubfusion.lineage import Recipe
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

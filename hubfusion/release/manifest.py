@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hubfusion.checkpoint import MANIFEST as FUSE_MANIFEST
+from hubfusion.codec import from_json, loads
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.scores import Scores
-from hubfusion.lineage import Contributed, Recipe, RemoteFile, Revision, from_json, loads
+from hubfusion.lineage import Contributed, Recipe, RemoteFile, Revision
 from hubfusion.release.gate import Decision
 from hubfusion.release.isolation import Trial
 

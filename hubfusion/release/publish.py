@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hubfusion.codec import dumps
 from hubfusion.errors import HubError, NotFound
 from hubfusion.hub import Change, Hub
-from hubfusion.lineage import Revision, dumps
+from hubfusion.lineage import Revision
 from hubfusion.release.manifest import FILE, MAX_BYTES, Manifest, read_manifest
 from hubfusion.release.signature import SIGNATURE, UNSIGNED, Keyless, sign
 

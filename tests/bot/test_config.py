@@ -52,7 +52,7 @@ def test_a_method_that_cannot_clip_is_fine_without(tmp_path: Path, method: str) 
     ("text", "message"),
     [
         (LEAST + "[fuse]\nmethd = 'ties'\n", r"bot\.toml\.fuse: unknown key 'methd', allowed are method, options"),
-        (LEAST + "[fuse]\nclip = 'yes'\n", r"bot\.toml\.fuse\.clip: true or false is needed, got 'yes'"),
+        (LEAST + "[fuse]\nclip = 'yes'\n", r"bot\.toml\.fuse\.clip: expected bool, got 'yes'"),
         (
             LEAST + "[fuse]\nmethod = 'ties'\n",
             "fuse.clip: ties cannot clip; set clip = false or use one of average, geometric_median, median, "
@@ -64,7 +64,7 @@ def test_a_method_that_cannot_clip_is_fine_without(tmp_path: Path, method: str) 
         (LEAST + "[fuse]\nat_least = 0\n", r"fuse\.at_least must be at least 1, got 0"),
         (LEAST + "[examine]\nversions = -1\n", r"examine\.versions must be at least 0, got -1"),
         (LEAST + "[gate]\nmean = -1\n", r"gate\.mean must be at least 0 points, got -1"),
-        ("base = 'a/b'\n", r"key 'ledger' is missing"),
+        ("base = 'a/b'\n", r"object missing required field ledger"),
         ("base = \n", r"bot\.toml: not TOML"),
     ],
 )

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from bot.ledger import FILE, Accepted, Ledger, Promoted, Refused, read_ledger
+from hubfusion.codec import to_json
 from hubfusion.errors import FusionError
-from hubfusion.lineage import Revision, to_json
+from hubfusion.lineage import Revision
 from tests.fake_hub import FakeHub
 
 A, B, C = (Revision(f"{name}/model", name[0] * 40) for name in ("alice", "bob", "carol"))

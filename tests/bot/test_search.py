@@ -14,12 +14,13 @@ import pytest
 from bot.config import Fusing
 from bot.job import CandidateJob, Downloaded
 from bot.search import CandidateSearch
+from hubfusion.codec import dumps, loads
 from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
 from hubfusion.fuse.clipping import can_clip
 from hubfusion.fuse.methods import METHODS
-from hubfusion.lineage import Contribution, Recipe, dumps, loads
+from hubfusion.lineage import Contribution, Recipe
 from hubfusion.release.gate import Decision
 from hubfusion.release.provenance import reproduce
 from hubfusion.screen import examine

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hubfusion.cli.app import app
+from hubfusion.codec import dumps
 from hubfusion.data.suite import Family, load_suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.scores import Provenance, Score, Scores
-from hubfusion.lineage import dumps
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

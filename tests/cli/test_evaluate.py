@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hubfusion.cli.app import app
+from hubfusion.codec import loads
 from hubfusion.evaluate.scores import Scores
-from hubfusion.lineage import loads
 from tests.small import make_base, make_data, make_split, write_task
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})

@@ -83,7 +83,7 @@ def test_a_users_suite_is_read_from_toml_and_its_folders_are_beside_it(tmp_path)
         ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\n[[datasets]]\nname = "a"\nrepo = "o/b"', "comes twice"),
         ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\nmetric = "bleu"', "must be one of accuracy"),
         ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\ntest = "train"', "also trained"),
-        ("name = ", "not a suite"),
+        ("name = ", "not TOML"),
     ],
 )
 def test_a_wrong_suite_is_refused_with_the_reason(tmp_path, text, message):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hubfusion.codec import loads
 from hubfusion.data.suite import Dataset, load_suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.engines import TRIES, Group, make_groups, refuse_lost
@@ -20,7 +21,6 @@ from hubfusion.evaluate.protocols import STANDARD, read_protocols
 from hubfusion.evaluate.scores import Scores
 from hubfusion.evaluate.units import Evaluated, Result, Unit, score_units
 from hubfusion.hub import Job, Kind, connect
-from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
 from tests.offline import MODEL, RECIPES, machine, serve
 

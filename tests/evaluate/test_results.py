@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hubfusion.codec import loads
 from hubfusion.data.suite import Dataset
 from hubfusion.errors import Conflict, EvaluationError, HubError
 from hubfusion.evaluate.protocols import STANDARD
@@ -17,7 +18,6 @@ from hubfusion.evaluate.results import pull, push, shared
 from hubfusion.evaluate.scores import Scores
 from hubfusion.evaluate.units import Evaluated, Result, Unit, path_of, read_result, write_result
 from hubfusion.hub import Change, Kind, connect
-from hubfusion.lineage import loads
 from hubfusion.localhub import LocalHub
 from tests.fake_hub import FakeHub
 from tests.offline import MODEL, RECIPES, RESULTS, machine, serve

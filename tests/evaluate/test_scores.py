@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from hubfusion.codec import dumps, from_json, loads, to_json
 from hubfusion.errors import EvaluationError, FusionError
 from hubfusion.evaluate.scores import Comparison, Gain, Provenance, Score, Scores, compare
-from hubfusion.lineage import dumps, from_json, loads, to_json
 
 
 def scores(model: str, **values: tuple[float, ...]) -> Scores:

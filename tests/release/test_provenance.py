@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from hubfusion.codec import dumps
 from hubfusion.errors import CheckpointError, Corrupt, FusionError, NotFound
-from hubfusion.lineage import Revision, dumps
+from hubfusion.lineage import Revision
 from hubfusion.release.manifest import FILE
 from hubfusion.release.provenance import Redo, forget, reproduce, trace, verify
 from hubfusion.release.signature import SIGNATURE, check_signature, sign

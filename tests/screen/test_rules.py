@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from hubfusion.codec import from_json
 from hubfusion.errors import CheckpointError, FusionError, HubError
-from hubfusion.lineage import Contribution, Reason, Rejected, Revision, from_json
+from hubfusion.lineage import Contribution, Reason, Rejected, Revision
 from hubfusion.screen import Policy, apply_caps, read_base, screen
 from tests.fake_hub import FakeHub, finetune
 from tests.tiny import base_tensors, card, config, current_base, finetuned, publish_base, sharded, weights

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hubfusion.codec import dumps
 from hubfusion.errors import CheckpointError
-from hubfusion.lineage import Contribution, Reason, Revision, dumps
+from hubfusion.lineage import Contribution, Reason, Revision
 from hubfusion.screen import Bounds, Report, examine
 from tests.tiny import Tensors, base_tensors, finetuned, sharded, weights, write_folder
 

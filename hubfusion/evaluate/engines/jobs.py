@@ -20,12 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from hubfusion import __version__
+from hubfusion.codec import dumps, loads, to_json
 from hubfusion.errors import EvaluationError, FusionError, HubError
 from hubfusion.evaluate.engines import Group, make_groups, refuse_lost
 from hubfusion.evaluate.results import fetch_results
 from hubfusion.evaluate.units import Result, Unit, parse_result
 from hubfusion.hub import Hub, Job, Kind
-from hubfusion.lineage import Revision, dumps, loads, to_json
+from hubfusion.lineage import Revision
 
 UV_IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 UV = ("uv", "run", "--with", f"hubfusion=={__version__}", "hubfusion")
