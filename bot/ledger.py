@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hubfusion.codec import from_json, to_json
-from hubfusion.errors import Conflict, FusionError, NotFound
-from hubfusion.hub import Change, Hub, Kind
+from hubfusion.errors import FusionError, NotFound
+from hubfusion.hub import Files, Hub, Kind
+from hubfusion.hub import append as append_to
 from hubfusion.lineage import Reason, Revision
 from hubfusion.release.isolation import Trial
 
 FILE = "ledger.jsonl"
 MAX_BYTES = 256 << 20
-TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +120,30 @@ class Ledger:
 def read_ledger(hub: Hub, repo: str) -> Ledger:
     """Read the ledger at its newest commit; a repository without the file is an empty ledger."""
     head = hub.resolve(repo, kind=Kind.DATASET)
+    return Ledger(_events(hub, head), head.sha)
+
+
+def _events(hub: Hub, head: Revision) -> tuple[Event, ...]:
     try:
         text = hub.read(head, FILE, stop=MAX_BYTES, kind=Kind.DATASET).decode()
     except NotFound:
         text = ""
     where = f"{head} {FILE}"
-    return Ledger(tuple(_parse(line, f"{where}:{i}") for i, line in enumerate(text.splitlines(), 1)), head.sha)
+    return tuple(_parse(line, f"{where}:{i}") for i, line in enumerate(text.splitlines(), 1))
 
 
 def append(hub: Hub, repo: str, events: Iterable[Event], *, nonce: str, title: str) -> Ledger:
     """Add the events that are not there yet, in one commit; nothing new, no commit. Returns the ledger as it is now."""
-    wanted = tuple(events)
-    for attempt in range(TRIES):
-        ledger = read_ledger(hub, repo)
-        new = tuple(e for e in dict.fromkeys(wanted) if e not in ledger.events)
-        if not new:
-            return ledger
-        everything = ledger.events + new
-        text = "".join(_line(e) for e in everything)
-        change = Change(title, ledger.head, f"{nonce}-{attempt}", {FILE: text.encode()})
-        try:
-            return Ledger(everything, hub.commit(repo, change, Kind.DATASET))
-        except Conflict:
-            continue
-    raise Conflict(f"{repo}: other writers were faster {TRIES} times in a row; the next run goes on from here")
+    wanted, everything = tuple(dict.fromkeys(events)), tuple[Event, ...]()
+
+    def plan(head: Revision) -> tuple[str, Files]:
+        nonlocal everything
+        there = _events(hub, head)
+        everything = there + tuple(e for e in wanted if e not in there)
+        return title, {FILE: "".join(map(_line, everything)).encode()} if everything != there else {}
+
+    head = append_to(hub, repo, plan, nonce=nonce)
+    return Ledger(everything, head)
 
 
 def _line(event: Event) -> str:

@@ -15,16 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hubfusion.codec import dumps
-from hubfusion.errors import Conflict, HubError, NotFound
+from hubfusion.errors import HubError, NotFound
 from hubfusion.evaluate.units import Evaluated, Result, Unit, parse_result, path_of, read_result, write_result
-from hubfusion.hub import Change, Hub, Kind
+from hubfusion.hub import Files, Hub, Kind, append
 from hubfusion.lineage import Revision
 
 log = logging.getLogger(__name__)
 
 FOLDER = "results"
 MAX_BYTES = 1 << 20
-TRIES = 8
 
 
 def _path(unit: Unit) -> str:
@@ -68,25 +67,18 @@ def push(hub: Hub, repo: str, units: Sequence[Unit], store: Path) -> int:
     known = {_path(u): dumps(r).encode() for u in units if (r := read_result(store, u)) is not None}
     if not known:
         return 0
-    for attempt in range(TRIES):
-        try:
-            head = hub.resolve(repo, kind=Kind.DATASET)
-        except NotFound:
-            hub.create(repo, Kind.DATASET)
-            head = hub.resolve(repo, kind=Kind.DATASET)
+    new: dict[str, bytes] = {}
+
+    def plan(head: Revision) -> tuple[str, Files]:
+        nonlocal new
         there = hub.present(head, list(known), Kind.DATASET)
-        files: dict[str, bytes | Path] = {path: data for path, data in known.items() if path not in there}
-        if not files:
-            return 0
-        title = f"{len(files)} results of {units[0].model}"
-        try:
-            hub.commit(repo, Change(title, head.sha, secrets.token_hex(8), files), Kind.DATASET)
-        except Conflict:
-            time.sleep(0.1 * 2**attempt * (1 + secrets.randbelow(100) / 100))
-            continue
-        log.info("results: %d written to %s", len(files), repo)
-        return len(files)
-    raise Conflict(f"{repo}: other writers were faster {TRIES} times in a row; the results are in {store}")
+        new = {path: data for path, data in known.items() if path not in there}
+        return f"{len(new)} results of {units[0].model}", new
+
+    append(hub, repo, plan, nonce=secrets.token_hex(8), create=True)
+    if new:
+        log.info("results: %d written to %s", len(new), repo)
+    return len(new)
 
 
 @contextmanager

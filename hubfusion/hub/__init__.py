@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from hubfusion.hub.append import Files, append
 from hubfusion.hub.protocol import Change, Commit, Hub, Job, JobState, Kind, Listing, OnBytes
 
-__all__ = ["Change", "Commit", "Hub", "Job", "JobState", "Kind", "Listing", "OnBytes", "connect"]
+__all__ = ["Change", "Commit", "Files", "Hub", "Job", "JobState", "Kind", "Listing", "OnBytes", "append", "connect"]
 
 
 def connect(endpoint: str, token: str | None = None, *, tries: int = 5) -> Hub:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from statistics import fmean, stdev
 from typing import Any
 
-from hubfusion.errors import Conflict, NotFound
+from hubfusion.errors import NotFound
 from hubfusion.evaluate.scores import Scores
-from hubfusion.hub import Change, Hub, Kind
+from hubfusion.hub import Files, Hub, Kind, append
 from hubfusion.lineage import Revision
 from hubfusion.release.card import render
 from hubfusion.release.manifest import Manifest
@@ -24,28 +24,23 @@ log = logging.getLogger(__name__)
 
 FILE = "data/ranking.parquet"
 MAX_BYTES = 256 << 20
-TRIES = 5
 
 
 def rank(hub: Hub, repo: str, revision: Revision, manifest: Manifest, nonce: str) -> None:
     """Add the version at ``revision`` to the ranking, unless it is there."""
-    for attempt in range(TRIES):
-        head = hub.resolve(repo, kind=Kind.DATASET)
-        rows = read_rows(hub, head)
+
+    def plan(head: Revision) -> tuple[str, Files]:
+        title, rows = f"rank {manifest.version}", read_rows(hub, head)
         if any(row["version"] == manifest.version for row in rows):
-            return
+            return title, {}
         if not rows:
             rows = list(_rows(manifest.parent_version, manifest.base.sha, 0, 0, manifest.base_scores))
         count = len(manifest.contributions)
         rows += _rows(manifest.version, revision.sha, manifest.iteration, count, manifest.candidate_scores)
-        files: dict[str, Any] = {FILE: _to_parquet(rows), "README.md": page(rows, revision.repo)}
-        try:
-            hub.commit(repo, Change(f"rank {manifest.version}", head.sha, f"{nonce}-{attempt}", files), Kind.DATASET)
-        except Conflict:
-            continue
-        log.info("rank: %s is in %s", manifest.version, repo)
-        return
-    raise Conflict(f"{repo}: other writers were faster {TRIES} times in a row; the next run goes on from here")
+        return title, {FILE: _to_parquet(rows), "README.md": page(rows, revision.repo)}
+
+    append(hub, repo, plan, nonce=nonce)
+    log.info("rank: %s is in %s", manifest.version, repo)
 
 
 def read_rows(hub: Hub, head: Revision) -> list[dict[str, Any]]:
