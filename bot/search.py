@@ -106,7 +106,8 @@ class CandidateSearch:
 
     def score(self, checkpoint: Path, suite: Suite, protocols: Sequence[Protocol], seeds: Sequence[int]) -> Scores:
         """Scores of a folder as a base, from the store or measured now."""
-        from hubfusion.evaluate.units import content_key, evaluate
+        from hubfusion.evaluate.engines.local import evaluate
+        from hubfusion.evaluate.units import content_key
 
         key = content_key(checkpoint)
         return evaluate(checkpoint, key, suite, protocols, seeds, Path(self.job.store), on_event=log_progress)

@@ -19,6 +19,7 @@ from bot.job import CandidateJob, Outcome
 from bot.ledger import Ledger, read_ledger
 from hubfusion.contribute import Offer, offer_metadata, with_metadata
 from hubfusion.evaluate import units as evaluation
+from hubfusion.evaluate.engines import local
 from hubfusion.evaluate.scores import Provenance, Score, Scores
 from hubfusion.hub import Change, Hub, Kind, connect
 from hubfusion.lineage import Revision
@@ -138,7 +139,7 @@ def make_world(
         news, mail = gain if fused else (0.0, 0.0)
         return scores(model, 70.0 + news, 60.0 + mail)
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(local, "evaluate", evaluate)
     monkeypatch.setattr(evaluation, "resolve", lambda dataset: "0" * 40)
     monkeypatch.setattr(iteration, "dispatch", work_here)
     pretrained = pretrained or tiny.write_folder(

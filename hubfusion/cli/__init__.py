@@ -36,6 +36,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
         from hubfusion.cli.fuse import fuse
 
         run(fuse, argv[1:])
-    from hubfusion.cli.app import app
+    from hubfusion.cli.commands import app
 
     run(app, argv)

@@ -1,4 +1,4 @@
-"""All commands of `hubfusion`, by area."""
+"""The application that `hubfusion.cli.commands` fills."""
 
 from __future__ import annotations
 
@@ -12,10 +12,3 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-from hubfusion.cli import compare as _compare  # noqa: E402,F401
-from hubfusion.cli import contribute as _contribute  # noqa: E402,F401
-from hubfusion.cli import evaluate as _evaluate  # noqa: E402,F401
-from hubfusion.cli import hub as _hub  # noqa: E402,F401
-from hubfusion.cli import methods as _methods  # noqa: E402,F401
-from hubfusion.cli import trust as _trust  # noqa: E402,F401

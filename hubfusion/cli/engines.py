@@ -75,7 +75,7 @@ def choose_engine(model: Model, results: str | None, settings: Settings) -> Engi
 
 
 def _here(model: Model) -> Engine:
-    from hubfusion.evaluate.units import measure_here
+    from hubfusion.evaluate.engines.local import measure_here
 
     return lambda units: measure_here(model.folder(), units)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from hubfusion.evaluate.engines.local import evaluate
 from hubfusion.evaluate.protocols import STANDARD, Protocol, find_protocol, read_protocols
 from hubfusion.evaluate.scores import Score, Scores
-from hubfusion.evaluate.units import Evaluated, Result, Unit, content_key, evaluate, plan_units, score_units
+from hubfusion.evaluate.units import Evaluated, Result, Unit, content_key, plan_units, score_units
 
 __all__ = [
     "STANDARD", "Evaluated", "Protocol", "Result", "Score", "Scores", "Unit", "content_key", "evaluate",

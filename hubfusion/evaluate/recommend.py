@@ -12,9 +12,10 @@ from pathlib import Path
 
 from hubfusion.data.suite import Dataset, Suite
 from hubfusion.errors import EvaluationError
+from hubfusion.evaluate.engines.local import evaluate
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.scores import Comparison, compare
-from hubfusion.evaluate.units import Evaluated, evaluate
+from hubfusion.evaluate.units import Evaluated
 
 TRIES = 3
 

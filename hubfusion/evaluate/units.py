@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from hubfusion.codec import digest, dumps, loads
@@ -90,33 +89,6 @@ def content_key(checkpoint: Path) -> str:
         with path.open("rb") as file:
             hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{hasher.hexdigest()}"
-
-
-def evaluate(
-    checkpoint: Path,
-    model: str,
-    suite: Suite,
-    protocols: Sequence[Protocol],
-    seeds: Sequence[int],
-    store: Path,
-    *,
-    on_event: Callable[[Evaluated], None] | None = None,
-) -> Scores:
-    """Score the checkpoint folder as a base: every dataset of the suite under every protocol with every seed.
-
-    ``model`` names the checkpoint's content (``repo@sha``, or any digest of it) and is what results are stored
-    under; the caller vouches for it. The same seeds give the same draws, data order and heads for every model, so
-    two `Scores` made with them can be compared in pairs.
-    """
-    here = partial(measure_here, checkpoint)
-    return score_units(plan_units(model, suite, protocols, seeds), store, here, on_event=on_event)
-
-
-def measure_here(checkpoint: Path, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
-    """Measure in this process, which imports torch only now; with its checkpoint given, the engine `evaluate` uses."""
-    from hubfusion.evaluate.measure import measure_units
-
-    return measure_units(checkpoint, units)
 
 
 def plan_units(model: str, suite: Suite, protocols: Sequence[Protocol], seeds: Sequence[int]) -> tuple[Unit, ...]:

@@ -30,7 +30,7 @@ from hubfusion.checkpoint.deltas import (
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse.engine import Fused, Listener, Progress, Settings, fuse, in_given_order, refuse_same_place
 from hubfusion.fuse.methods import METHODS
-from hubfusion.fuse.methods.linear import Sum, add_up
+from hubfusion.fuse.methods.kinds import Sum, add_up
 from hubfusion.fuse.recipe import check_recipe
 from hubfusion.lineage import Input, Recipe
 from hubfusion.parallel import counter, spread

@@ -17,14 +17,12 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from apscheduler.triggers.cron import CronTrigger
 
 from hubfusion.localhub.refusal import Refusal
-
-if TYPE_CHECKING:
-    from hubfusion.localhub.state import Hub
+from hubfusion.localhub.store.database import Database
 
 Job = dict[str, Any]
 TERMINAL = ("COMPLETED", "ERROR", "CANCELED")
@@ -91,19 +89,20 @@ def next_run(schedule: str, after: float) -> float:
 class Jobs:
     """The processes of this Hub, and the thread that starts what is scheduled."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
+    def __init__(self, directory: Path, db: Database, allowed: bool) -> None:
+        self._directory, self._db, self._allowed, self._endpoint = directory, db, allowed, ""
         self._lock = threading.Lock()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="localhub-schedule", daemon=True)
 
-    def start(self) -> None:
-        """Begin; what a killed Hub left running is marked as failed."""
-        for job in self._hub.db.documents("job"):
+    def start(self, endpoint: str) -> None:
+        """Begin, with the Hub's own address for its jobs; what a killed Hub left running is marked as failed."""
+        self._endpoint = endpoint
+        for job in self._db.documents("job"):
             if job["stage"] not in TERMINAL:
                 self._save(job | {"stage": "ERROR", "message": "the Hub was stopped", "finished": time.time()})
-        if self._hub.rules.allow_jobs:
+        if self._allowed:
             self._thread.start()
 
     def stop(self) -> None:
@@ -118,7 +117,7 @@ class Jobs:
             time.sleep(0.02)
 
     def _save(self, job: Job) -> Job:
-        self._hub.db.put_document("job", job["id"], job["owner"], job)
+        self._db.put_document("job", job["id"], job["owner"], job)
         return job
 
     def running(self) -> frozenset[str]:
@@ -128,11 +127,11 @@ class Jobs:
 
     def log_path(self, key: str) -> Path:
         """The log of a job: one JSON object {timestamp, data} a line."""
-        return self._hub.directory / "jobs" / key / "log.jsonl"
+        return self._directory / "jobs" / key / "log.jsonl"
 
     def run(self, owner: str, spec: dict[str, Any], initiator: dict[str, str], extra: dict[str, str]) -> Job:
         """Start a job with these extra environment variables."""
-        if not self._hub.rules.allow_jobs:
+        if not self._allowed:
             raise Refusal(403, "jobs are off: this Hub runs commands only when started with --allow-jobs")
         with self._lock:
             if len(self._running) >= _AT_ONCE:
@@ -181,7 +180,7 @@ class Jobs:
             "LANG": "C.UTF-8",
             "HOME": str(home),
             "HF_HOME": str(home / ".cache"),
-            "HF_ENDPOINT": self._hub.endpoint,
+            "HF_ENDPOINT": self._endpoint,
         }
 
     def _follow(self, key: str, process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -199,7 +198,7 @@ class Jobs:
                     log.flush()
         code = process.wait()
         timer.cancel()
-        job = self._hub.db.document("job", key)
+        job = self._db.document("job", key)
         if job is not None and job["stage"] not in TERMINAL:
             message = None if code == 0 else f"exit code {code}"
             self._save(job | {"stage": "ERROR" if code else "COMPLETED", "message": message, "finished": time.time()})
@@ -210,7 +209,7 @@ class Jobs:
         """Kill a job with all its processes; one that is over stays as it is."""
         with self._lock:
             process = self._running.get(key)
-        job = self._hub.db.document("job", key)
+        job = self._db.document("job", key)
         if process is None or job is None or job["stage"] in TERMINAL:
             return
         self._save(job | {"stage": stage, "message": message, "finished": time.time()})
@@ -218,7 +217,7 @@ class Jobs:
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
-            for plan in self._hub.db.documents("scheduled-job"):
+            for plan in self._db.documents("scheduled-job"):
                 if not plan["suspend"] and plan["next"] <= time.time():
                     try:
                         self.run_scheduled(plan)
@@ -228,15 +227,15 @@ class Jobs:
     def run_scheduled(self, plan: dict[str, Any]) -> Job | None:
         """Run what a schedule says, now; None when its last job still runs and it allows only one."""
         job = None
-        last = self._hub.db.document("job", plan["last"]["id"]) if plan["last"] else None
+        last = self._db.document("job", plan["last"]["id"]) if plan["last"] else None
         if plan["concurrency"] or last is None or last["stage"] in TERMINAL:
             job = self.run(plan["owner"], plan["spec"], {"type": "scheduled-job", "id": plan["id"]}, {})
             plan["last"] = {"id": job["id"], "at": job["created"]}
         plan["next"] = next_run(plan["schedule"], time.time())
-        with self._hub.db.write():  # deleted meanwhile: stays deleted
-            if current := self._hub.db.document("scheduled-job", plan["id"]):
+        with self._db.write():  # deleted meanwhile: stays deleted
+            if current := self._db.document("scheduled-job", plan["id"]):
                 changed = current | {"last": plan["last"], "next": plan["next"]}
-                self._hub.db.put_document("scheduled-job", plan["id"], plan["owner"], changed)
+                self._db.put_document("scheduled-job", plan["id"], plan["owner"], changed)
         return job
 
     def run_webhook(self, hook: dict[str, Any], payload: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ class LocalHub:
 
     def _begin(self) -> None:
         self._courier.start()
-        self.hub.jobs.start()
+        self.hub.jobs.start(self.endpoint)
 
     def _run(self) -> None:
         asyncio.run(self._server.serve([self._socket]))

@@ -61,7 +61,7 @@ class Hub:
         self.facts: Recent[tuple[int, str], dict[str, Any]] = Recent(
             2_000_000, lambda facts: 20 + len(facts["siblings"])
         )
-        self.jobs = Jobs(self)
+        self.jobs = Jobs(self.directory, self.db, self.rules.allow_jobs)
         self.endpoint = ""
         self.outbox = threading.Event()
         self.tasks = ThreadPoolExecutor(1, thread_name_prefix="localhub")

@@ -456,13 +456,13 @@ def test_without_isolation_or_without_a_culprit_the_whole_candidate_is_refused(w
 
 
 def test_a_worker_killed_between_two_trials_goes_on_to_the_same_end(world: World) -> None:
-    from hubfusion.evaluate import units as evaluation
+    from hubfusion.evaluate.engines import local
 
     class Killed(BaseException):
         pass
 
     offer_poison(world, "mallory", "alice", "bob", "carol")
-    original, calls = evaluation.evaluate, 0
+    original, calls = local.evaluate, 0
 
     def dying(*arguments, **more):  # type: ignore[no-untyped-def]
         nonlocal calls
@@ -472,7 +472,7 @@ def test_a_worker_killed_between_two_trials_goes_on_to_the_same_end(world: World
         return original(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", dying)
+        patch.setattr(local, "evaluate", dying)
         with pytest.raises(Killed):
             world.iterate("killed")
     result = world.iterate("next")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hubfusion.cli.app import app
+from hubfusion.cli.commands import app
 from hubfusion.codec import dumps
 from hubfusion.data.suite import Family, load_suite
 from hubfusion.errors import EvaluationError

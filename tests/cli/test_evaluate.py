@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hubfusion.cli.app import app
+from hubfusion.cli.commands import app
 from hubfusion.codec import loads
 from hubfusion.evaluate.scores import Scores
 from tests.small import make_base, make_data, make_split, write_task
@@ -57,7 +57,7 @@ def test_evaluate_prints_a_table_and_a_second_run_is_quick_and_without_torch(pla
     scores = loads(Scores, (place / "scores.json").read_bytes(), "scores.json")
     assert scores.get("mood", "finetune").mean > 80
     code = (
-        "import sys; from hubfusion.cli.app import app; app(sys.argv[1:], standalone_mode=False); "
+        "import sys; from hubfusion.cli.commands import app; app(sys.argv[1:], standalone_mode=False); "
         "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     began = time.process_time()

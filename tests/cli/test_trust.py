@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
-from hubfusion.cli.app import app
+from hubfusion.cli.commands import app
 from hubfusion.errors import FusionError
 from hubfusion.localhub import LocalHub
 from tests.published import WEIGHTS, ServedWorld, flip

@@ -13,9 +13,10 @@ import pytest
 
 from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
+from hubfusion.evaluate.engines.local import evaluate
 from hubfusion.evaluate.engines.ray import Cluster
 from hubfusion.evaluate.protocols import Protocol
-from hubfusion.evaluate.units import Evaluated, evaluate, plan_units, score_units
+from hubfusion.evaluate.units import Evaluated, plan_units, score_units
 from hubfusion.train import Mode, Training
 from tests.small import make_base, make_data, write_task
 

@@ -34,15 +34,16 @@ UNITS = [
 # What a job runs in these tests: `hubfusion measure`, which notes what it measures, and kills itself when told to.
 WORKER = """
 import os, signal, sys
-from hubfusion.evaluate import units as evaluate
 from hubfusion.evaluate import results
+from hubfusion.evaluate.engines import local
+from hubfusion.evaluate.units import Result
 from hubfusion.cli import main
-place, real_push, real_measure = {place!r}, results.push, evaluate.measure_here
+place, real_push, real_measure = {place!r}, results.push, local.measure_here
 
 def fake(checkpoint, units):
     for unit in units:
         data = unit.dataset.key(unit.sha)
-        yield unit, evaluate.Result(
+        yield unit, Result(
             unit.model, data, unit.protocol.hash, unit.seed, "accuracy", 10.0 + unit.seed, 9, 9, 0.1, {{}}, "cpu"
         )
 
@@ -65,7 +66,7 @@ def first():
     except FileExistsError:
         return False
 
-evaluate.measure_here, results.push = measure, push
+local.measure_here, results.push = measure, push
 main()
 """
 

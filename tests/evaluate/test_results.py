@@ -132,7 +132,7 @@ def test_the_files_that_are_there_are_found_among_many_paths(hub: LocalHub) -> N
 
 CODE = """
 import sys
-from hubfusion.cli.app import app
+from hubfusion.cli.commands import app
 app(sys.argv[1:], standalone_mode=False)
 sys.exit(", ".join(sorted({"torch", "transformers", "datasets", "sklearn"} & set(sys.modules))) or 0)
 """

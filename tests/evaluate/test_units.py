@@ -12,9 +12,10 @@ import pytest
 
 from hubfusion.data.suite import Suite
 from hubfusion.errors import EvaluationError
+from hubfusion.evaluate.engines.local import evaluate
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.scores import compare
-from hubfusion.evaluate.units import Evaluated, evaluate
+from hubfusion.evaluate.units import Evaluated
 from hubfusion.train import Mode, Training
 from tests.small import make_base, make_data, write_task
 
@@ -53,7 +54,7 @@ def test_a_stored_evaluation_imports_neither_torch_nor_transformers(base, suite,
     code = f"""
 import sys
 from pathlib import Path
-from hubfusion.evaluate.units import evaluate
+from hubfusion.evaluate.engines.local import evaluate
 from hubfusion.train import Mode, Training
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.data.suite import Dataset, Suite

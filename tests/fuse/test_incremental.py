@@ -20,7 +20,7 @@ from hubfusion.fuse.folder import finish
 from hubfusion.fuse.incremental import fuse_arriving
 from hubfusion.fuse.inputs import fetched
 from hubfusion.fuse.methods import METHODS
-from hubfusion.fuse.methods.linear import add_up
+from hubfusion.fuse.methods.kinds import add_up
 from hubfusion.hub import Kind, OnBytes
 from hubfusion.lineage import Recipe, RemoteFile, Revision
 from tests.checkpoints import load, recipe_of, save, trunk

@@ -13,6 +13,7 @@ from bot.config import Config, Evaluating
 from bot.iteration import Run, Verdict, run_iteration
 from bot.ledger import Judged, read_ledger
 from hubfusion.evaluate import units as evaluation
+from hubfusion.evaluate.engines import local
 from hubfusion.lineage import Finetune
 from hubfusion.release.publish import manifest_at
 from hubfusion.screen import Policy
@@ -66,7 +67,7 @@ def test_the_iteration_around_them_promotes_the_honest_rest(tmp_path: Path, monk
     monkeypatch.setattr(iteration, "crawl", crawl)
     monkeypatch.setattr(iteration, "dispatch", work_here)
     monkeypatch.setattr(evaluation, "resolve", lambda dataset: "0" * 40)
-    monkeypatch.setattr(evaluation, "evaluate", lambda path, model, *rest, **more: scores(model, 70.0, 60.0))
+    monkeypatch.setattr(local, "evaluate", lambda path, model, *rest, **more: scores(model, 70.0, 60.0))
     result = run_iteration(Run(settings, hub, hub, "nonce"), act=True)
     assert result.verdict is Verdict.PROMOTED
     assert {r.revision.repo: r.reason for r in result.rejected} == expected

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from hubfusion.cli.app import app
+from hubfusion.cli.commands import app
 from hubfusion.errors import FusionError
 from hubfusion.localhub import LocalHub
 from hubfusion.release.provenance import verify

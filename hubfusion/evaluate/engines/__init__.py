@@ -1,6 +1,6 @@
 """Engines: where units are measured that the store does not have. Each is a `hubfusion.evaluate.units.Engine`.
 
-In this process: `hubfusion.evaluate.measure`. On a cluster: `engines.ray`. On the Hub's machines: `engines.jobs`. The
+In this process: `engines.local`. On a cluster: `engines.ray`. On the Hub's machines: `engines.jobs`. The
 last two hand out groups of units; a worker yields unit by unit, and when it dies only what is left of its group is
 handed out again, to another one.
 """

@@ -1,4 +1,4 @@
-"""What the registry says about a method, and the two words of array kinds that all formulas share.
+"""What the registry says about a method, sums of deltas, and what all formulas share about kinds of arrays.
 
 Formulas are written once over the array API standard (https://data-apis.org/array-api): numpy on the CPU, torch
 elsewhere.
@@ -9,19 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from hubfusion.checkpoint.deltas import Granularity
 from hubfusion.errors import RecipeError
-
-if TYPE_CHECKING:
-    from hubfusion.fuse.methods.linear import Sum
 
 Array = Any
 NORMS = ("keep", "clip", "equal")
@@ -40,6 +37,44 @@ class Need(StrEnum):
     SELECTION = "selection"
     FISHERS = "fishers"
     ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """(Σ f_i δ_i) · times / over: k ``factors`` that are known before the deltas are, so these may come one by one."""
+
+    factors: tuple[float, ...]
+    times: float = 1.0
+    over: int = 1
+
+    def __call__(self, deltas: Iterable[Array]) -> Array:
+        """Add up k deltas, each taken once; those of a generator may be overwritten."""
+        return self.finish(add_up(zip(deltas, self.factors, strict=True), owned=isinstance(deltas, Generator)))
+
+    def finish(self, total: Array) -> Array:
+        """Turn Σ f_i δ_i into the result, in place."""
+        if self.times != 1.0:
+            total *= self.times
+        if self.over != 1:
+            total /= self.over
+        return total
+
+
+def add_up(terms: Iterable[tuple[Array, float]], total: Array = None, *, owned: bool = False) -> Array:
+    """Return Σ f_i δ_i of (δ_i, f_i), added in the order given: into ``total`` if there is one.
+
+    With ``owned`` the deltas may be overwritten, and without a total the first becomes it.
+    """
+    for delta, factor in terms:
+        if owned and factor != 1.0:
+            delta *= factor
+        elif factor != 1.0 or (total is None and not owned):
+            delta = delta * factor  # an array of its own
+        if total is None:
+            total = delta
+        else:
+            total += delta
+    return total
 
 
 @dataclass(frozen=True, slots=True)

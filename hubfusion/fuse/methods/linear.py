@@ -2,50 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hubfusion.fuse.methods.kinds import Array, norm_factors, share, to_numpy
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """(Σ f_i δ_i) · times / over: k ``factors`` that are known before the deltas are, so these may come one by one."""
-
-    factors: tuple[float, ...]
-    times: float = 1.0
-    over: int = 1
-
-    def __call__(self, deltas: Iterable[Array]) -> Array:
-        """Add up k deltas, each taken once; those of a generator may be overwritten."""
-        return self.finish(add_up(zip(deltas, self.factors, strict=True), owned=isinstance(deltas, Generator)))
-
-    def finish(self, total: Array) -> Array:
-        """Turn Σ f_i δ_i into the result, in place."""
-        if self.times != 1.0:
-            total *= self.times
-        if self.over != 1:
-            total /= self.over
-        return total
-
-
-def add_up(terms: Iterable[tuple[Array, float]], total: Array = None, *, owned: bool = False) -> Array:
-    """Return Σ f_i δ_i of (δ_i, f_i), added in the order given: into ``total`` if there is one.
-
-    With ``owned`` the deltas may be overwritten, and without a total the first becomes it.
-    """
-    for delta, factor in terms:
-        if owned and factor != 1.0:
-            delta *= factor
-        elif factor != 1.0 or (total is None and not owned):
-            delta = delta * factor  # an array of its own
-        if total is None:
-            total = delta
-        else:
-            total += delta
-    return total
+from hubfusion.fuse.methods.kinds import Array, Sum, norm_factors, share, to_numpy
 
 
 def sum_by(factors: Sequence[float]) -> Sum:
