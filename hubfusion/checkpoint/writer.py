@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hubfusion.checkpoint.headers import ITEM_BYTES
-from hubfusion.checkpoint.reader import INDEX, NUMPY_NAMES, SINGLE, WEIGHTS_NAME, Array, Parameter, decode
+from hubfusion.checkpoint.reader import INDEX, SINGLE, WEIGHTS_NAME, Array, Parameter, numpy_dtype
 from hubfusion.errors import CheckpointError
 
 MAX_SHARD_BYTES = 50 * 10**9
@@ -85,7 +85,7 @@ class Writing:
         spec = self.parameters[name]
         raw = encode(values, spec.dtype)
         if not _is_finite(raw, spec.dtype):
-            bad = int(np.flatnonzero(~np.isfinite(decode(raw, spec.dtype)))[0])
+            bad = int(np.flatnonzero(~np.isfinite(raw.view(numpy_dtype(spec.dtype))))[0])
             raise CheckpointError(
                 f"{self.folder / spec.file.name}: {name}: entry {first + bad} would be {float(values[bad])} in "
                 f"{spec.dtype}; only finite values are written"
@@ -114,20 +114,13 @@ class Writing:
 
 def encode(values: Array, dtype: str) -> Array:
     """Round floats to a safetensors dtype, to nearest even; bfloat16 comes back as its bits in uint16."""
-    if dtype != "BF16":
-        with np.errstate(over="ignore"):
-            return values.astype(NUMPY_NAMES[dtype], copy=False)
-    with np.errstate(over="ignore"):
-        bits = values.astype(np.float32).view(np.uint32)
-    is_nan = np.isnan(values)
-    bits += 0x7FFF + ((bits >> 16) & 1)
-    bits >>= 16
-    bits[is_nan] = 0x7FC0
-    return bits.astype(np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(numpy_dtype(dtype), copy=False)
+    return rounded.view(np.uint16) if dtype == "BF16" else rounded
 
 
 def _is_finite(raw: Array, dtype: str) -> bool:
-    if dtype == "BF16":
+    if dtype == "BF16":  # bits of the exponent: more than twice as fast as isfinite of bfloat16
         return bool(((raw & 0x7F80) != 0x7F80).all())
     return bool(np.isfinite(raw).all())
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hubfusion.checkpoint import Checkpoint, Parameter, encode
 from hubfusion.checkpoint.backbone import Backbone
 from hubfusion.checkpoint.deltas import Source
-from hubfusion.checkpoint.reader import decode
+from hubfusion.checkpoint.reader import numpy_dtype
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Reason
 from hubfusion.parallel import counter, spread, suited
@@ -178,7 +178,8 @@ def _is_rounding(vector: TaskVector, place: _Place, theta: Floats, tau: Floats) 
     dtype = vector.source.dtype_of(place.spec.name)
     if dtype not in ("F16", "BF16"):
         return False
-    return bool(np.array_equal(decode(encode(theta, dtype), dtype) - theta, tau))
+    rounded = encode(theta, dtype).view(numpy_dtype(dtype)).astype(np.float32)
+    return bool(np.array_equal(rounded - theta, tau))
 
 
 def _check_constants(base: Checkpoint, vector: TaskVector) -> None:
