@@ -5,7 +5,6 @@ Models are local folders or Hub ids (``owner/name`` or ``owner/name@revision``).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tomllib
@@ -107,22 +106,16 @@ def _read_toml(text: str, path: Path) -> Recipe:
 
 def write_recipe(recipe: Recipe) -> str:
     """Return the TOML text of a recipe; reading it gives the same recipe."""
-    lines = [f"base = {_toml(recipe.base)}", f"method = {_toml(recipe.method)}", f"scale = {_toml(recipe.scale)}"]
+    import tomli_w
+
+    data: dict[str, Any] = {"base": recipe.base, "method": recipe.method, "scale": recipe.scale}
     if recipe.options:
-        lines += ["", "[options]", *(f"{k} = {_toml(v)}" for k, v in recipe.options)]
+        data["options"] = dict(recipe.options)
     if recipe.outer != "plain" or recipe.outer_options:
-        lines += ["", "[outer]", f"name = {_toml(recipe.outer)}"]
-        lines += [f"{k} = {_toml(v)}" for k, v in recipe.outer_options]
-        lines += [f"state = {_toml(recipe.state)}"] if recipe.state else []
-    for each in recipe.inputs:
-        lines += ["", "[[inputs]]", f"model = {_toml(each.model)}", f"coefficient = {_toml(each.coefficient)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Option) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)
+        state = {"state": recipe.state} if recipe.state else {}
+        data["outer"] = {"name": recipe.outer, **dict(recipe.outer_options), **state}
+    data["inputs"] = [{"model": each.model, "coefficient": each.coefficient} for each in recipe.inputs]
+    return tomli_w.dumps(data)
 
 
 def _place(model: str, recipe: Path) -> str:
