@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors", re.ASCII)
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", re.ASCII)
+
+
+class HeaderTooLong(CheckpointError):
+    """A header is longer than the reader is willing to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,24 @@ def header_bytes(prefix: bytes, file_size: int, where: str) -> int:
     if length < 2 or 8 + length > file_size:
         raise CheckpointError(f"{where}: header of {length} bytes does not fit in a file of {file_size}")
     return 8 + int(length)
+
+
+def read_header(
+    read: Callable[[int, int], bytes], file_size: int, where: str, *, guess: int, most: int | None = None
+) -> tuple[Header, int]:
+    """The header of a file that is read by range, and the bytes that were read of it.
+
+    ``read(start, stop)`` gives bytes of the file. One call serves when the header is within the first ``guess`` bytes,
+    else two. With ``most``, a header that is longer is a `HeaderTooLong`, and is not read.
+    """
+    first = guess if most is None else min(guess, most)
+    prefix = read(0, max(8, min(first, file_size)))
+    size = header_bytes(prefix, file_size, where)
+    if most is not None and size > most:
+        raise HeaderTooLong(f"{where}: header of {size} bytes, at most {most} are read")
+    if len(prefix) < size:
+        prefix += read(len(prefix), size)
+    return parse_header(prefix, file_size, where), len(prefix)
 
 
 def parse_header(prefix: bytes, file_size: int, where: str) -> Header:

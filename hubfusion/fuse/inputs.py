@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubfusion.checkpoint import INDEX, MAX_INDEX_BYTES, SINGLE, Array, Checkpoint, Parameter, adapters
 from hubfusion.checkpoint.backbone import MODULE_FILE
-from hubfusion.checkpoint.headers import header_bytes, parse_header, parse_index
+from hubfusion.checkpoint.headers import parse_index, read_header
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse.first_pass import ACTIVATIONS_FILE, FISHER_FILE
 from hubfusion.fuse.folder import COMPANIONS
@@ -233,16 +234,18 @@ def _peek(hub: Hub, downloads: Sequence[_Download]) -> _Remote | None:
             listed = parse_index(text, {path: d.file.size for path, d in files.items()}, str(start.target))
         for name in sorted(set(listed.values())) or [SINGLE]:
             size, where = files[name].file.size, str(files[name].target)
-            prefix = hub.read(start.revision, name, stop=min(size, HEADER_GUESS))
-            if (more := header_bytes(prefix, size, where)) > len(prefix):
-                prefix += hub.read(start.revision, name, start=len(prefix), stop=more)
-            for spec in parse_header(prefix, size, where).tensors.values():
+            read = partial(_read_range, hub, start.revision, name)
+            for spec in read_header(read, size, where, guess=HEADER_GUESS)[0].tensors.values():
                 parameters[spec.name] = Parameter(spec.name, spec.dtype, spec.shape, folder / name, spec.start)
     except CheckpointError:
         return None
     if listed and listed != {name: spec.file.name for name, spec in parameters.items()}:
         return None
     return _Remote(folder, dict(sorted(parameters.items())), {}, hub, start.revision)
+
+
+def _read_range(hub: Hub, revision: Revision, name: str, start: int, stop: int) -> bytes:
+    return hub.read(revision, name, start=start, stop=stop)
 
 
 def _later(

@@ -141,14 +141,14 @@ def _read_header(
 ) -> tuple[Header, int]:
     """The header of one file and the bytes it took: one request when it is about as long as the base's, else two."""
     _check_size(file, policy.max_file_bytes)
+
+    def read(start: int, stop: int) -> bytes:
+        return hub.read(revision, file.path, start=start, stop=stop)
+
     try:
-        prefix = hub.read(revision, file.path, stop=max(8, min(guess, budget, file.size)))
-        size = headers.header_bytes(prefix, file.size, file.path)
-        if size > budget:
-            refuse(Reason.TOO_LARGE, f"{file.path}: header of {size} bytes, at most {budget} are read")
-        if len(prefix) < size:
-            prefix += hub.read(revision, file.path, start=len(prefix), stop=size)
-        return headers.parse_header(prefix, file.size, file.path), len(prefix)
+        return headers.read_header(read, file.size, file.path, guess=guess, most=budget)
+    except headers.HeaderTooLong as error:
+        refuse(Reason.TOO_LARGE, str(error))
     except CheckpointError as error:
         refuse(Reason.BAD_HEADER, str(error))
 

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from hubfusion.checkpoint.headers import MAX_HEADER_BYTES, header_bytes, parse_header, parse_index
+from hubfusion.checkpoint.headers import (
+    MAX_HEADER_BYTES,
+    HeaderTooLong,
+    header_bytes,
+    parse_header,
+    parse_index,
+    read_header,
+)
 from hubfusion.errors import CheckpointError
 from tests.tiny import base_tensors, sharded, weights
 
@@ -37,6 +44,43 @@ def test_a_header_gives_each_tensor_its_bytes_in_the_file() -> None:
     assert list(header.tensors) == ["a", "b"] and header.size == start and header.metadata == {"format": "pt"}
     assert (header.tensors["a"].start, header.tensors["a"].stop, header.tensors["a"].entries) == (start, start + 4, 2)
     assert (header.tensors["b"].start, header.tensors["b"].stop) == (start + 4, start + 12)
+
+
+@pytest.mark.parametrize(
+    ("guess", "most", "ranges"),
+    [
+        (1000, None, [(0, 137)]),
+        (64, None, [(0, 64), (64, 129)]),
+        (2, None, [(0, 8), (8, 129)]),
+        (64, 129, [(0, 64), (64, 129)]),
+        (1000, 129, [(0, 129)]),
+    ],
+)
+def test_a_header_is_read_by_range_in_two_requests_at_most(
+    guess: int, most: int | None, ranges: list[tuple[int, int]]
+) -> None:
+    data, asked = pack({"a" * 61: entry(offsets=[0, 8])}, 8), list[tuple[int, int]]()
+
+    def read(start: int, stop: int) -> bytes:
+        asked.append((start, stop))
+        return data[start:stop]
+
+    header, length = read_header(read, len(data), "x", guess=guess, most=most)
+    assert header == parse(data)
+    assert (len(data), asked, length) == (137, ranges, ranges[-1][1])
+
+
+@pytest.mark.parametrize("most", [0, 9, 128])
+def test_a_header_that_is_longer_than_allowed_is_not_read(most: int) -> None:
+    data, asked = pack({"a" * 61: entry(offsets=[0, 8])}, 8), list[int]()
+
+    def read(start: int, stop: int) -> bytes:
+        asked.append(stop)
+        return data[start:stop]
+
+    with pytest.raises(HeaderTooLong, match=rf"^x: header of 129 bytes, at most {most} are read$"):
+        read_header(read, len(data), "x", guess=1000, most=most)
+    assert asked == [max(8, most)]
 
 
 def test_scalars_empty_tensors_and_what_the_library_writes_are_read() -> None:
