@@ -28,7 +28,8 @@ def run(application: Callable[..., object], argv: list[str] | None = None) -> No
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the console script.
 
-    `hubfusion fuse` does not pass through typer: building its commands takes longer than fusing a small model.
+    `hubfusion fuse` does not pass through typer but has a parser of argparse: through typer, a fuse of two models of
+    1 KB takes 0.18 s more (0.63 instead of 0.36 s of wall time, 0.42 instead of 0.24 s of CPU; ``--help`` the same).
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["fuse"]:
