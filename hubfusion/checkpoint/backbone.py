@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hubfusion.checkpoint.model_types import ModelType, derive_model_type, find_model_type
+from hubfusion.checkpoint.model_types import ModelType, find_model_type
 from hubfusion.checkpoint.reader import FLOATS, WEIGHTS_NAME, Checkpoint
 from hubfusion.codec import dumps, loads
 from hubfusion.errors import CheckpointError
@@ -120,7 +120,11 @@ def declare(config: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: Mod
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         return _undeclared(tensors)
-    facts = facts or find_model_type(kind) or derive_model_type(config)
+    facts = facts or find_model_type(kind)
+    if facts is None:
+        from hubfusion.checkpoint.derive import derive  # torch and transformers: seconds
+
+        facts = derive(config)
     prefix = _own_prefix(facts, tensors)
     inside = [n[len(prefix) :] for n in tensors if _is_inside(n, prefix, facts.modules, facts.heads)]
     if not inside:

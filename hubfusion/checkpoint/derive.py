@@ -2,7 +2,7 @@
 
 The names are those of the files that ``save_pretrained`` writes, which differ from the names of the modules where
 transformers converts checkpoints (mixtures of experts). This module imports torch and transformers;
-`hubfusion.checkpoint.model_types` imports it only to derive a type. It also writes the shipped table:
+`hubfusion.checkpoint.backbone` imports it only for a type that the table lacks. It also writes the shipped table:
 ``python -m hubfusion.checkpoint.derive > hubfusion/checkpoint/model_types.json``.
 """
 

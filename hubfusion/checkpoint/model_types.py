@@ -1,6 +1,6 @@
 """How transformers lays out each model type: which tensors are the backbone and what the task classes lack or add.
 
-The facts are derived from transformers on the meta device (`derive_model_type`) and shipped as a table
+The facts are derived from transformers on the meta device (`hubfusion.checkpoint.derive`) and shipped as a table
 (``model_types.json``), so that screening and fusing import neither torch nor transformers.
 ``python -m hubfusion.checkpoint.derive`` writes the table.
 """
@@ -8,7 +8,6 @@ The facts are derived from transformers on the meta device (`derive_model_type`)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -57,18 +56,6 @@ def find_model_type(name: str) -> ModelType | None:
 def known_model_types() -> tuple[str, ...]:
     """The model types in the shipped table, sorted."""
     return tuple(_table())
-
-
-def derive_model_type(config: Mapping[str, Any]) -> ModelType:
-    """Derive the facts of the model type in ``config`` (the content of a config.json) from transformers.
-
-    Builds the class of AutoModel and every text task class with this config on the meta device, which takes about a
-    second. Raises `CheckpointError` when transformers does not know the type, cannot build AutoModel's class, or has
-    no text task class for it.
-    """
-    from hubfusion.checkpoint.derive import derive  # torch and transformers: seconds
-
-    return derive(config)
 
 
 def format_table(types: list[ModelType], version: str) -> str:

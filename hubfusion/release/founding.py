@@ -10,7 +10,6 @@ from typing import Any
 from hubfusion.checkpoint import SINGLE, WEIGHTS_NAME, open_checkpoint
 from hubfusion.checkpoint.backbone import CONFIG, MODULE_FILE, parse_config, read_backbone, write_backbone
 from hubfusion.checkpoint.backbone import FILE as BACKBONE
-from hubfusion.checkpoint.model_types import derive_model_type
 from hubfusion.errors import FusionError
 from hubfusion.hub import Hub
 from hubfusion.hub.cards import front_matter
@@ -61,11 +60,13 @@ def read_founding(
         raise FusionError(f"{origin or folder}: a base needs {SINGLE}, or shards with their index{hint}")
     if CONFIG not in files:
         raise FusionError(f"{origin or folder}: a base needs {CONFIG}; save the model with save_pretrained first")
+    from hubfusion.checkpoint.derive import derive  # torch and transformers: seconds
+
     config = parse_config((folder / CONFIG).read_bytes())
     if "auto_map" in config:
         raise FusionError(f"{origin or folder}: {CONFIG}: auto_map asks to run the model's own code")
     with open_checkpoint(folder) as checkpoint:
-        backbone = read_backbone(folder, checkpoint, derive_model_type(config) if config.get("model_type") else None)
+        backbone = read_backbone(folder, checkpoint, derive(config) if config.get("model_type") else None)
     files[BACKBONE] = write_backbone(backbone).encode()
     card = folder / "README.md"
     stated = front_matter(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}

@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING
 
-from hubfusion.checkpoint.derive import auto_class, default_config, read_class
-from hubfusion.checkpoint.model_types import ModelType, derive_model_type, find_model_type, known_model_types
+from hubfusion.checkpoint.derive import auto_class, default_config, derive, read_class
+from hubfusion.checkpoint.model_types import ModelType, find_model_type, known_model_types
 from hubfusion.errors import CheckpointError
 from tests.architectures import models, task_classes, tiny_config
 
@@ -23,13 +23,13 @@ COMMON = (
 
 @pytest.mark.parametrize("name", COMMON)
 def test_the_table_says_what_transformers_says(name: str) -> None:
-    assert find_model_type(name) == derive_model_type(default_config(name))
+    assert find_model_type(name) == derive(default_config(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", known_model_types())
 def test_every_row_of_the_table_says_what_transformers_says(name: str) -> None:
-    assert find_model_type(name) == derive_model_type(default_config(name))
+    assert find_model_type(name) == derive(default_config(name))
 
 
 @pytest.mark.parametrize("name", ["bart", "bert", "distilbert", "gpt2", "llama", "mixtral", "roberta", "t5", "xlnet"])
@@ -37,7 +37,7 @@ def test_every_row_of_the_table_says_what_transformers_says(name: str) -> None:
 def test_the_facts_do_not_depend_on_the_number_of_layers(name: str, layers: int) -> None:
     names = CONFIG_MAPPING[name].attribute_map
     config = {"model_type": name, names.get("num_hidden_layers", "num_hidden_layers"): layers}
-    assert derive_model_type(config) == find_model_type(name)
+    assert derive(config) == find_model_type(name)
 
 
 def test_roberta() -> None:
@@ -119,12 +119,12 @@ def test_absolute_positions_are_optional_where_transformers_ignores_them_for_oth
 
 def test_a_class_that_refuses_the_config_is_left_out() -> None:
     """Reformer's causal class wants ``is_decoder``, its masked class wants it to be False."""
-    assert derive_model_type({"model_type": "reformer", "is_decoder": False}).heads == ("lm_head",)
+    assert derive({"model_type": "reformer", "is_decoder": False}).heads == ("lm_head",)
 
 
 def test_the_dtype_of_a_config_does_not_matter() -> None:
     """The activation of Apertus takes a dtype and no name of one."""
-    assert derive_model_type({"model_type": "apertus", "dtype": "bfloat16"}) == find_model_type("apertus")
+    assert derive({"model_type": "apertus", "dtype": "bfloat16"}) == find_model_type("apertus")
 
 
 def names_saved_and_derived(cls: Any, name: str, folder: Path) -> tuple[set[str], set[str]]:
@@ -165,7 +165,7 @@ def test_an_unknown_model_type_is_not_in_the_table() -> None:
 )
 def test_what_cannot_be_derived_is_refused_in_one_line(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
-        derive_model_type(config)
+        derive(config)
     assert "\n" not in str(caught.value)
 
 
