@@ -178,6 +178,7 @@ def fuse_and_evaluate(
             log.warning("download: %s vanished: %s", contribution.revision, error)
         else:
             fetched.append(contribution)
+    log.info("download: %d contributions, %d corrupt", len(fetched), len(corrupt))
     if len(fetched) < run.config.fuse.at_least:
         return Outcome(tuple(fetched), ()), tuple(corrupt)
     suite, protocols = read_plan(run.config.evaluate)
