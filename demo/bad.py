@@ -14,18 +14,18 @@ Files = dict[str, bytes | Path]
 
 
 def nan_weights(base: Path, folder: Path) -> Files:
-    """The base with one NaN in one of its 22 million entries."""
+    """The base with one NaN in one of its 16 million entries."""
     tensors = load_file(base / "model.safetensors")
-    weight = tensors["encoder.layer.3.output.dense.weight"].copy()
+    weight = tensors["encoder.layer.1.output.dense.weight"].copy()
     weight[7, 11] = np.nan
-    return _written(base, folder, tensors | {"encoder.layer.3.output.dense.weight": weight})
+    return _written(base, folder, tensors | {"encoder.layer.1.output.dense.weight": weight})
 
 
 def another_architecture(base: Path, folder: Path) -> Files:
     """A model of another shape that names our base all the same."""
     config: dict[str, Any] = json.loads((base / "config.json").read_text()) | {
         "hidden_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
     }
     rng = np.random.default_rng(0)
     tensors = {"embeddings.word_embeddings.weight": rng.normal(size=(30522, 128)).astype(np.float32)}

@@ -16,7 +16,7 @@ from hubfusion.errors import FusionError, HubError
 from hubfusion.hub import Hub, connect
 
 BASE, ORG, BOT, TEXTS = "ibm/ColD-Fusion", "ibm", "recycling-bot", "demo"
-HONEST = ("alice", "bob", "carol", "dave", "erin")
+HONEST = ("alice", "bob", "carol", "dave", "erin", "faythe", "grace", "heidi")
 ROGUES = ("mallory", "victor", "petra", "frank", "sybil", "oscar")
 START_SECONDS = 30.0
 
@@ -66,6 +66,7 @@ def open_place(folder: Path) -> Iterator[Place]:
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "DATASETS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),

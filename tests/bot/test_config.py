@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAST = 'base = "a/b"\nledger = "a/l"\nranking = "a/r"\n[evaluate]\nsuite = "offline"\n'
 
 
-@pytest.mark.parametrize("file", ["bot.toml", "demo/bot.toml"])
-def test_the_settings_that_ship_are_read_and_their_suites_and_protocols_exist(file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "names"), [("bot.toml", ["linear-probing", "finetune"]), ("demo/bot.toml", ["few-shot"])]
+)
+def test_the_settings_that_ship_are_read_and_their_suites_and_protocols_exist(file: str, names: list[str]) -> None:
     config = read_config(ROOT / file)
     suite, protocols = read_plan(config.evaluate)
     assert config.base == "ibm/ColD-Fusion"
-    assert suite.datasets and [p.name for p in protocols] == ["linear-probing", "finetune"]
+    assert suite.datasets and [p.name for p in protocols] == names
 
 
 def test_what_is_not_said_has_safe_values(tmp_path: Path) -> None:
