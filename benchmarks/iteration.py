@@ -60,14 +60,15 @@ PROTOCOLS = """
 [linear-probing]
 training = { max_length = 32 }
 """
-# What the log says when a stage is done, in the order of the iteration; the last stage ends with the process.
+# What the log says when a stage is done, in the order of the iteration; the last stage ends with the process. The gate's
+# line is the bot's own: the worker, whose lines begin with its name, has ended by then.
 STAGES = {
     "crawl": " crawl: ",
     "screen": " screen: ",
     "download": " download: ",
     "soundness": " soundness: ",
     "fuse": " fused ",
-    "evaluate": " gate: ",
+    "evaluate": " INFO gate: ",
     "publish": " publish: ",
     "rank, notify, share scores": "",
 }
@@ -119,6 +120,10 @@ class Stage:
     seconds: float
     anonymous: float
     total: float
+
+    def __str__(self) -> str:
+        """A row of the table."""
+        return f"| {self.name} | {self.seconds:.1f} | {self.anonymous:.0f} | {self.total:.0f} |"
 
 
 def main() -> int:
@@ -185,6 +190,7 @@ def iterate(place: Place) -> list[Stage]:
             nonlocal began
             now = time.monotonic()
             stages.append(Stage(left.pop(0)[0], now - began, *watch.take()))
+            print(f"  {stages[-1]}", flush=True)
             began = now
 
         try:
@@ -208,9 +214,9 @@ def report(stages: list[Stage], contributions: int) -> None:
     print(f"\n{NAME}, {contributions} contributions, {JUDGED} datasets evaluated on; {os.cpu_count()} cores\n")
     print("| stage | seconds | anonymous MiB | with mapped files, MiB |\n|---|---:|---:|---:|")
     for stage in stages:
-        print(f"| {stage.name} | {stage.seconds:.1f} | {stage.anonymous:.0f} | {stage.total:.0f} |")
-    print(f"| all | {sum(s.seconds for s in stages):.1f} | {max(s.anonymous for s in stages):.0f} | ", end="")
-    print(f"{max(s.total for s in stages):.0f} |")
+        print(stage)
+    everything = sum(s.seconds for s in stages), max(s.anonymous for s in stages), max(s.total for s in stages)
+    print(Stage("all", *everything))
 
 
 if __name__ == "__main__":
