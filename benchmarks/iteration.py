@@ -60,8 +60,8 @@ PROTOCOLS = """
 [linear-probing]
 training = { max_length = 32 }
 """
-# What the log says when a stage is done, in the order of the iteration; the last stage ends with the process. The gate's
-# line is the bot's own: the worker, whose lines begin with its name, has ended by then.
+# What the log says when a stage is done, in the order of the iteration; the last stage ends with the process. The line
+# of the gate is the bot's own: the worker, whose lines begin with its name, has ended by then.
 STAGES = {
     "crawl": " crawl: ",
     "screen": " screen: ",

@@ -48,7 +48,10 @@ class _Scale:
     """Where a version and a gain are in the picture, and the round gains that get a line."""
 
     def __init__(self, low: float, high: float, versions: int) -> None:
-        span = high - low or 1.0
+        low, high = min(low, 0.0), max(high, 0.0)
+        if low == high:
+            low, high = -1.0, 1.0
+        span = high - low
         step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if span / s <= 8 or s == 50)
         first, last = int(low // step), int(-(-high // step))
         self.ticks = [step * i for i in range(first, last + 1)]

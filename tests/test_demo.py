@@ -73,6 +73,11 @@ def test_the_picture_says_the_newest_gain_of_each_fold_with_its_interval() -> No
     }
 
 
+def test_no_gain_at_all_has_a_picture_too() -> None:
+    picture = draw("title", "", [Point("v1", "seen", 0.0, 0.0, 0.0, {"news": 0.0})])
+    assert "seen, v1: +0.00" in picture
+
+
 def test_a_higher_gain_is_higher_in_the_picture() -> None:
     points = [Point(f"v{n}", "seen", float(n), n - 0.5, n + 0.5, {}) for n in (1, 2)]
     root = ElementTree.fromstring(draw("title", "", points))
