@@ -26,6 +26,6 @@ def test_the_readme_says_how_to_install() -> None:
 
 
 def test_a_card_gives_the_command_of_today() -> None:
-    card = render("v0.md.j2", repo="ibm/b", code_repo="ibm/b")
+    card = render("v0.md.j2", repo="ibm/b", code_repo="ibm/b", origin=None)
     assert f"\n{hubfusion.install_command()}" in card
     assert ("in a clone" in card) == (hubfusion.PACKAGE == ".")

@@ -34,7 +34,7 @@ def test_an_event_is_read_back_with_each_gain_beside_its_finetune() -> None:
     "change, says",
     [
         ({"leave_one_out": [0.5]}, "promoted: unknown key 'leave_one_out', allowed are iteration, version"),
-        ({"contributions": [to_json(A)]}, r"promoted.contributions\[0\]: unknown key 'repo', allowed are finetune"),
+        ({"contributions": [to_json(A)]}, r"promoted.contributions\[0\]: object missing required field finetune"),
         ({"event": "forgotten"}, r"'\{"),
     ],
 )

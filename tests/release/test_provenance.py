@@ -63,7 +63,7 @@ def test_every_flipped_bit_in_the_hash_that_the_manifest_promises_is_found(world
 
 def test_a_manifest_that_is_not_one_is_an_error_with_its_place(world: World, tmp_path: Path) -> None:
     world.edit_manifest("v1", iteration="one")
-    with pytest.raises(FusionError, match=r"ibm/ColD-Fusion@\w+ fusion.json.iteration: a whole number is needed"):
+    with pytest.raises(FusionError, match=r"ibm/ColD-Fusion@\w+ fusion.json.iteration: expected int"):
         verify(world.hub, BASE, "v1", tmp_path)
 
 
