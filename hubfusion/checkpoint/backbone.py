@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +157,12 @@ def _undeclared(tensors: Mapping[str, Tensor]) -> Backbone:
 
 
 def _own_prefix(facts: ModelType, tensors: Mapping[str, Tensor]) -> str:
-    """The prefix under which a base keeps its backbone: the model type's own, or none, whichever holds more of it."""
-    candidates = ["", *([f"{facts.prefix}."] if facts.prefix else [])]
-    return max(candidates, key=lambda p: sum(_is_inside(n, p, facts.modules, facts.heads) for n in tensors))
+    """The prefix under which a base keeps its backbone: the one that holds most of it, the shortest of equals."""
+    votes = Counter({"": sum(_is_inside(n, "", facts.modules, facts.heads) for n in tensors)})
+    for name in tensors:
+        parts = name.split(".")
+        votes.update("".join(f"{p}." for p in parts[:at]) for at in range(1, len(parts)) if parts[at] in facts.modules)
+    return min(votes, key=lambda prefix: (-votes[prefix], len(prefix), prefix))
 
 
 def _is_inside(name: str, prefix: str, modules: Iterable[str], heads: Iterable[str]) -> bool:

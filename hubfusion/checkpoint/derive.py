@@ -168,7 +168,12 @@ def _file_names(model: Any, names: list[str]) -> dict[str, str]:
 
 
 def derive(config: Mapping[str, Any]) -> ModelType:
-    """See `hubfusion.checkpoint.model_types.derive_model_type`."""
+    """Derive the facts of the model type in ``config`` (the content of a config.json) from transformers.
+
+    Builds the class of AutoModel and every text task class with this config on the meta device, which takes about a
+    second. Raises `CheckpointError` when transformers does not know the type, cannot build AutoModel's class, or has
+    no text task class for it.
+    """
     name = str(config.get("model_type", ""))
     if name not in CONFIG_MAPPING:
         raise CheckpointError(f"model type {name!r}: transformers {transformers.__version__} does not know it")
@@ -191,7 +196,8 @@ def derive(config: Mapping[str, Any]) -> ModelType:
 def _compare(name: str, prefix: str, backbone: Stored, parts: list[_Task]) -> ModelType:
     whole = [part for part in parts if not part.is_partial]
     inside = {pattern(parameter) for parameter in backbone.parameters}
-    optional = {pattern(parameter) for part in whole for parameter in part.lacking} | _sometimes(backbone, inside)
+    sometimes = {pattern(parameter) for part in whole for parameter in (*part.lacking, *part.added)}
+    optional = sometimes | _sometimes(backbone, inside)
     outside = {pattern(n) for part in whole if part.task in PRETRAINING for n in part.outside}
     pairs = {pair for ties in (backbone.aliases.items(), *(part.ties for part in whole)) for pair in ties}
     ties = {(pattern(alias), pattern(name)) for alias, name in pairs}
@@ -246,6 +252,8 @@ class _Task:
         names = {n.removeprefix(prefix) if n.removeprefix(prefix) in known else n: n for n in stored.tensors}
         self.lacking = backbone.parameters - names.keys()
         self.outside = frozenset(n.removeprefix(prefix) for n in names.keys() - known)
+        under = (n.removeprefix(prefix) for n in stored.tensors if prefix and n.startswith(prefix))
+        self.added = frozenset(n for n in under if n not in known)
         relative = {full: n for n, full in names.items()}
         self.ties = frozenset((relative[a], relative[b]) for a, b in stored.aliases.items() if b in relative)
         share = len({pattern(n) for n in self.lacking}) / len({pattern(n) for n in backbone.parameters})

@@ -24,7 +24,8 @@ class ModelType:
     - ``name``: ``model_type`` of the config.
     - ``prefix``: ``base_model_prefix`` without a dot, or "".
     - ``modules``: the first components of the parameters and persistent buffers of AutoModel's class.
-    - ``optional``: patterns, as short as possible, of what AutoModel's class has and some text task class lacks.
+    - ``optional``: patterns, as short as possible, of what AutoModel's class has and some text task class lacks, or the
+      other way round: poolers.
     - ``buffers``: patterns of the buffers of AutoModel's class, persistent or not, and of tensors that older versions
       wrote and transformers ignores.
     - ``heads``: the components under which the language-model and pretraining classes keep what lies outside the
