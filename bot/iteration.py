@@ -211,15 +211,15 @@ def fetch_versions(run: Run, release: Release, work: Path) -> dict[str, str]:
 
     A version with the base's own weights (it was rolled back to them) tells nothing.
     """
-    found = {}
+    folders = {}
     wanted = release.before(run.config.examine.versions)
     ours = weight_hashes(run.reader, release.revision) if wanted else {}
     for earlier in wanted:
         run.poll()
         if weight_hashes(run.reader, earlier.revision) == ours:
             continue
-        found[earlier.version] = str(fetch_release(run.reader, earlier, work / "earlier" / earlier.revision.sha))
-    return found
+        folders[earlier.version] = str(fetch_release(run.reader, earlier, work / "earlier" / earlier.revision.sha))
+    return folders
 
 
 def known_norms(run: Run, release: Release) -> tuple[float, ...]:

@@ -144,12 +144,12 @@ def open_adapter(path: Path, base: Checkpoint, backbone: Backbone) -> Iterator[A
         raise CheckpointError(f"{file}: {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are allowed")
     with open_checkpoint(path, WEIGHTS) as checkpoint:
         try:
-            found = match_adapter(parse_config(file.read_bytes()), backbone, base.parameters, checkpoint.parameters)
+            matched = match_adapter(parse_config(file.read_bytes()), backbone, base.parameters, checkpoint.parameters)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        low_rank = {name: _read(checkpoint, pair) for name, pair in found.pairs.items()}
-        names = {n: n for n in (*backbone.parameters, *backbone.heads, *found.pairs, *found.saved)}
-        yield Adapter(path, names, low_rank, found.saved, checkpoint, base, found.heads)
+        low_rank = {name: _read(checkpoint, pair) for name, pair in matched.pairs.items()}
+        names = {n: n for n in (*backbone.parameters, *backbone.heads, *matched.pairs, *matched.saved)}
+        yield Adapter(path, names, low_rank, matched.saved, checkpoint, base, matched.heads)
 
 
 def _read(checkpoint: Checkpoint, pair: Pair) -> LowRank:
@@ -211,14 +211,14 @@ def match_adapter(
             _check_float(tensors[name])
             saved[target] = name
     pairs: dict[str, Pair] = {}
-    for module, found in modules.items():
+    for module, parts in modules.items():
         target = find_in_base(backbone, prefix, f"{module}.weight")
         if target is not None:
-            pairs[target] = _pair(config, module, found, tensors, base[target].shape)
+            pairs[target] = _pair(config, module, parts, tensors, base[target].shape)
         elif is_head(backbone, prefix, f"{module}.weight"):
-            heads += found.values()
+            heads += parts.values()
         else:
-            raise CheckpointError(f"{next(iter(found.values()))}: the base has no {module}.weight")
+            raise CheckpointError(f"{next(iter(parts.values()))}: the base has no {module}.weight")
     for alias, name in backbone.ties:  # a base that stores a tied parameter twice changes in both places
         again, first = name_in_base(backbone, alias), name_in_base(backbone, name)
         if again in base and first in pairs:
@@ -236,25 +236,25 @@ KINDS = re.compile(r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora
 def _split(name: str) -> tuple[str, str]:
     """Module and kind of an adapter tensor; kind is empty for a tensor saved whole (modules_to_save)."""
     own = name.removeprefix(ROOT)
-    found = KINDS.fullmatch(own)
-    if found:
-        return found[1], found[2]
+    kind = KINDS.fullmatch(own)
+    if kind:
+        return kind[1], kind[2]
     return own.replace(".modules_to_save.default", "").replace(".base_layer", ""), ""
 
 
 def _pair(
     config: Mapping[str, Any],
     module: str,
-    found: Mapping[str, str],
+    parts: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     shape: tuple[int, ...],
 ) -> Pair:
-    is_embedding = "lora_embedding_A" in found
+    is_embedding = "lora_embedding_A" in parts
     infix = "embedding_" if is_embedding else ""
     for kind in (f"lora_{infix}A", f"lora_{infix}B"):
-        if kind not in found:
+        if kind not in parts:
             raise CheckpointError(f"{module}: {kind} is missing")
-    down, up = tensors[found[f"lora_{infix}A"]], tensors[found[f"lora_{infix}B"]]
+    down, up = tensors[parts[f"lora_{infix}A"]], tensors[parts[f"lora_{infix}B"]]
     if len(down.shape) != 2 or len(up.shape) != 2 or up.shape[1] != down.shape[0]:
         raise CheckpointError(f"{module}: A {down.shape} and B {up.shape} are no low-rank pair")
     # peft keeps an embedding's delta as (B A)ᵀ, and Conv1D weights as (in, out).
@@ -267,11 +267,11 @@ def _pair(
     if config.get("use_dora"):
         if is_transposed:
             raise CheckpointError(f"{module}: DoRA on embeddings or Conv1D: merge it with peft first")
-        if (magnitude := found.get("lora_magnitude_vector")) is None:
+        if (magnitude := parts.get("lora_magnitude_vector")) is None:
             raise CheckpointError(f"{module}: lora_magnitude_vector is missing")
         if tensors[magnitude].entries != shape[0]:
             raise CheckpointError(f"{magnitude}: {tensors[magnitude].entries} entries, the base has {shape[0]} rows")
-    for name in found.values():
+    for name in parts.values():
         _check_float(tensors[name])
     return Pair(down.name, up.name, magnitude, _scale(config, module, down.shape[0]), is_transposed)
 

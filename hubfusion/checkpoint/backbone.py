@@ -328,12 +328,12 @@ def _find_prefix(backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
     """The one prefix under which every required tensor is there; raises when none or several are."""
     others = _other_names(backbone)
     anchor = max((n for n in backbone.required if n not in others), key=lambda n: (n.count("."), len(n), n), default="")
-    found = sorted(
+    prefixes = sorted(
         (n[: -len(anchor)] for n in tensors if n == anchor or n.endswith(f".{anchor}")), key=lambda p: (len(p), p)
     )
     lacking = {
         prefix: next((n for n in backbone.required if _stored(n, prefix, others, tensors) is None), None)
-        for prefix in found
+        for prefix in prefixes
     }
     whole = [prefix for prefix, missing in lacking.items() if missing is None]
     if len(whole) > 1:

@@ -1,7 +1,8 @@
-"""Walk over a base and k finetunes of it in bounded pieces: the one loop under every fuse and every measurement.
+"""Read a base and k finetunes of it in chunks of bounded size: the one loop under every fuse.
 
-A piece is a range of entries of one parameter: the base's values and the k deltas (finetune − base), in float32 (in
-float64 when any file is). Buffers are sized for a core's cache, so memory depends neither on k nor on the model.
+A chunk is consecutive entries of one parameter. Reading it gives the base's values and the k deltas
+(finetune − base), in float32 (in float64 when any file is). Buffers are sized for a core's cache, so memory depends
+neither on k nor on the model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hubfusion.checkpoint.writer import encode
 from hubfusion.errors import CheckpointError
 from hubfusion.parallel import suited
 
-BLOCK = 8192
+SMALLEST_CHUNK = 8192
 BUFFER_ENTRIES = 1 << 20
 ROW_ENTRIES = 3 << 16
 
@@ -37,7 +38,7 @@ class Granularity(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class Chunk:
     """Entries ``first ... last`` of one parameter, counted in row-major order."""
 
     parameter: Parameter
@@ -46,7 +47,7 @@ class Range:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a piece: the parameter's own when whole, (rows, columns) of whole rows, else flat."""
+        """Shape of the chunk: the parameter's own when whole, (rows, columns) of whole rows, else flat."""
         size, shape = self.last - self.first, self.parameter.shape
         if size == self.parameter.entries:
             return shape
@@ -54,10 +55,10 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A `Range` read: ``base`` (n,) and ``deltas`` (k, n), valid until the next piece is read into the buffers."""
+class LoadedChunk:
+    """A `Chunk` read: ``base`` (n,) and ``deltas`` (k, n), valid until the next chunk is read into the buffers."""
 
-    range: Range
+    chunk: Chunk
     base: Array
     deltas: Array
 
@@ -167,80 +168,83 @@ class Models:
         """The safetensors dtype of what is kept at working precision."""
         return "F64" if self.dtype is np.float64 else "F32"
 
-    def ranges(
+    def chunks(
         self, entries: int, granularity: Granularity = Granularity.ENTRIES, names: Sequence[str] | None = None
-    ) -> Iterator[Range]:
-        """Split the fused parameters, in order of their names, into ranges of at most about ``entries`` entries.
+    ) -> Iterator[Chunk]:
+        """Split the fused parameters, in order of their names, into chunks of at most about ``entries`` entries.
 
-        Whole rows or parameters are never split when ``granularity`` says so; other cuts are at multiples of `BLOCK`.
+        Whole rows or parameters are never split when ``granularity`` says so; others are cut at multiples of
+        `SMALLEST_CHUNK`.
         """
         for name in self.fused if names is None else names:
             spec = self.base.parameters[name]
-            step = max(BLOCK, entries // BLOCK * BLOCK)
+            step = max(SMALLEST_CHUNK, entries // SMALLEST_CHUNK * SMALLEST_CHUNK)
             if granularity is Granularity.PARAMETER or (granularity is Granularity.ROWS and len(spec.shape) < 2):
                 step = spec.entries
             elif granularity is Granularity.ROWS and spec.shape[-1]:
                 step = max(1, entries // spec.shape[-1]) * spec.shape[-1]
             for first in range(0, spec.entries, max(step, 1)):
-                yield Range(spec, first, min(first + step, spec.entries))
+                yield Chunk(spec, first, min(first + step, spec.entries))
 
-    def chunk(self) -> int:
-        """Entries a piece may have so that the buffers of one worker stay in a core's cache."""
-        return max(BLOCK, BUFFER_ENTRIES // (len(self.sources) + 1) // BLOCK * BLOCK)
+    def chunk_entries(self) -> int:
+        """Entries a chunk may have so that the buffers of one worker stay in a core's cache."""
+        return max(SMALLEST_CHUNK, BUFFER_ENTRIES // (len(self.sources) + 1) // SMALLEST_CHUNK * SMALLEST_CHUNK)
 
     def workers(self, asked: int | None) -> int:
         """How many workers a walk over these models gets (`hubfusion.parallel.suited`)."""
         return suited(self.entries * (len(self.sources) + 1), asked)
 
-    def read(self, where: Range, buffer: Array) -> Piece:
-        """Read one piece into ``buffer`` (k + 1, at least n)."""
-        for _ in self.read_rows(where, buffer):
+    def read(self, chunk: Chunk, buffer: Array) -> LoadedChunk:
+        """Read one chunk into ``buffer`` (k + 1, at least n)."""
+        for _ in self.read_rows(chunk, buffer):
             pass
-        size = where.last - where.first
-        return Piece(where, buffer[0, :size], buffer[1:, :size])
+        size = chunk.last - chunk.first
+        return LoadedChunk(chunk, buffer[0, :size], buffer[1:, :size])
 
-    def read_rows(self, where: Range, buffer: Array) -> Iterator[Array]:
+    def read_rows(self, chunk: Chunk, buffer: Array) -> Iterator[Array]:
         """Read the base into ``buffer[0]`` and yield the deltas (n,), in the other rows of ``buffer``.
 
         With fewer than k of them the last is used again and again: a delta in it is valid until the next is taken.
         """
-        size = where.last - where.first
+        size = chunk.last - chunk.first
         base = buffer[0, :size]
-        self.base.read(where.parameter.name, where.first, base)
+        self.base.read(chunk.parameter.name, chunk.first, base)
         for number, source in enumerate(self.sources):
             out = buffer[min(1 + number, len(buffer) - 1), :size]
-            source.read_delta(where.parameter.name, where.first, base, out)
+            source.read_delta(chunk.parameter.name, chunk.first, base, out)
             yield out
 
-    def refuse_not_finite(self, piece: Piece, sources: Sequence[Source] | None = None) -> None:
+    def refuse_not_finite(self, loaded: LoadedChunk, sources: Sequence[Source] | None = None) -> None:
         """Raise `CheckpointError` for the first delta that is not finite: its file, parameter and entry."""
-        where = piece.range
-        for source, delta in zip(sources or self.sources, piece.deltas, strict=True):
+        chunk = loaded.chunk
+        for source, delta in zip(sources or self.sources, loaded.deltas, strict=True):
             bad = np.flatnonzero(~np.isfinite(delta))
             if bad.size:
                 raise CheckpointError(
-                    f"{source.path}: {where.parameter.name}: entry {where.first + int(bad[0])} minus the base's is "
+                    f"{source.path}: {chunk.parameter.name}: entry {chunk.first + int(bad[0])} minus the base's is "
                     f"{float(delta[bad[0]])}; only finite values can be fused"
                 )
 
-    def read_again(self, where: Range) -> Piece:
-        """Read a piece in which something was not finite, and raise if an input is at fault."""
-        piece = self.read(where, np.empty((len(self.sources) + 1, where.last - where.first), self.dtype))
-        self.refuse_not_finite(piece)
-        return piece
+    def read_again(self, chunk: Chunk) -> LoadedChunk:
+        """Read a chunk again whose result is not finite; raises if an input's values are not."""
+        loaded = self.read(chunk, np.empty((len(self.sources) + 1, chunk.last - chunk.first), self.dtype))
+        self.refuse_not_finite(loaded)
+        return loaded
 
-    def finite_squares(self, where: Range, squares: list[float]) -> list[float]:
-        """Return the squared norms of a range's deltas, in float64 where they overflow; refuses as `read_again`."""
+    def finite_squares(self, chunk: Chunk, squares: list[float]) -> list[float]:
+        """Return the squared norms of a chunk's deltas, in float64 when they overflow; raises as `read_again`."""
         if all(map(math.isfinite, squares)):
             return squares
-        return [square(delta.astype(np.float64)) for delta in self.read_again(where).deltas]
+        return [square(delta.astype(np.float64)) for delta in self.read_again(chunk).deltas]
 
-    def pieces(self, entries: int | None = None, granularity: Granularity = Granularity.ENTRIES) -> Iterator[Piece]:
-        """Iterate over all pieces in canonical order, in this thread, each overwriting the one before."""
+    def loaded_chunks(
+        self, entries: int | None = None, granularity: Granularity = Granularity.ENTRIES
+    ) -> Iterator[LoadedChunk]:
+        """Read all chunks in canonical order, in this thread; each overwrites the one before."""
         buffer = np.empty((len(self.sources) + 1, 0), self.dtype)
-        for where in self.ranges(entries or self.chunk(), granularity):
-            buffer = fitting(buffer, where.last - where.first)
-            yield self.read(where, buffer)
+        for chunk in self.chunks(entries or self.chunk_entries(), granularity):
+            buffer = fitting(buffer, chunk.last - chunk.first)
+            yield self.read(chunk, buffer)
 
 
 def fitting(buffer: Array, entries: int) -> Array:
@@ -249,14 +253,14 @@ def fitting(buffer: Array, entries: int) -> Array:
 
 
 def square(delta: Array) -> float:
-    """Squared norm (n,); in blocks small enough that the BLAS library starts no threads of its own."""
-    whole = delta.size - delta.size % BLOCK
-    blocks, tail = delta[:whole].reshape(-1, BLOCK), delta[whole:]
-    return float(np.vecdot(blocks, blocks).sum(dtype=np.float64)) + float(np.vecdot(tail, tail))
+    """Squared norm (n,); in chunks small enough that the BLAS library starts no threads of its own."""
+    whole = delta.size - delta.size % SMALLEST_CHUNK
+    chunks, tail = delta[:whole].reshape(-1, SMALLEST_CHUNK), delta[whole:]
+    return float(np.vecdot(chunks, chunks).sum(dtype=np.float64)) + float(np.vecdot(tail, tail))
 
 
 def norms_of(squares: Iterable[list[float]]) -> list[float]:
-    """L2 norm of each input from the squared norms of all ranges, to 6 digits: the last bits depend on the ranges."""
+    """L2 norm of each input from the squared norms of all chunks, to 6 digits: the last bits depend on the chunks."""
     return [float(f"{math.sqrt(math.fsum(column)):.6g}") for column in zip(*squares, strict=True)]
 
 

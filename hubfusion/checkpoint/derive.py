@@ -85,12 +85,12 @@ class Stored:
 
 def task_classes(config: Any) -> dict[str, Any]:
     """The text task classes of the config's model type by task; of several classes for one task, the first."""
-    found = {}
+    models = {}
     for task, mapping in TASKS.items():
         classes = getattr(auto, mapping)
         if type(config) in classes:
-            found[task] = _first(classes[type(config)])
-    return found
+            models[task] = _first(classes[type(config)])
+    return models
 
 
 def auto_class(config: Any) -> Any:
@@ -264,13 +264,13 @@ class _Task:
 
 def _prefix(parameters: Set[str], names: Set[str]) -> str:
     """The prefix under which most of the parameters are among the names; it ends with a dot or is empty."""
-    found: Counter[str] = Counter({"": 0})
+    counts: Counter[str] = Counter({"": 0})
     for name in names:
         at = 0
         while at >= 0:
-            found[name[:at]] += name[at:] in parameters
+            counts[name[:at]] += name[at:] in parameters
             at = name.find(".", at) + 1 or -1
-    return found.most_common(1)[0][0]
+    return counts.most_common(1)[0][0]
 
 
 def _shortest(patterns: Set[str], others: Set[str]) -> Iterator[str]:
@@ -306,9 +306,9 @@ def _older(backbone: Stored) -> Iterator[str]:
 def _complete(parts: list[str], modules: Set[str]) -> Iterator[str]:
     for n in range(len(parts) - 1, 0, -1):
         end, rest = ".".join(parts[:n]), ".".join(parts[n:])
-        found = [path for path in modules if path == end or path.endswith("." + end)]
-        if found:
-            yield from (f"{path}.{rest}" for path in found)
+        matching = [path for path in modules if path == end or path.endswith("." + end)]
+        if matching:
+            yield from (f"{path}.{rest}" for path in matching)
             return
 
 
@@ -332,6 +332,6 @@ def default_config(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    found, left_out = derive_table()
-    sys.stdout.write(format_table(found, transformers.__version__))
+    table, left_out = derive_table()
+    sys.stdout.write(format_table(table, transformers.__version__))
     sys.stderr.writelines(f"{reason}\n" for reason in left_out.values())

@@ -36,7 +36,7 @@ class WrittenFile:
 
 
 class Digest:
-    """The sha256 of a file that is being written in pieces, in any order; its first ``begun`` bytes are there."""
+    """The sha256 of a file that is being written in chunks, in any order; its first ``begun`` bytes are there."""
 
     def __init__(self, file: Path, descriptor: int, begun: int) -> None:
         self._file, self._descriptor, self._sha256 = file, descriptor, hashlib.sha256()

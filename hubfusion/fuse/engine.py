@@ -1,8 +1,8 @@
 """Fuse: recipe + checkpoints -> candidate, streaming.
 
-A piece of the base and of every input is read, the method turns the deltas into one, and the sum is written; nothing
-larger than a piece is ever in memory. The same recipe over the same bytes gives the same bytes, whatever the number
-of workers, the size of pieces, the shards of the inputs or their order: inputs are taken in a canonical order (by
+A chunk of the base and of every input is read, the method turns the deltas into one, and the sum is written. No
+more than a chunk is in memory. The same recipe over the same bytes gives the same bytes, whatever the number
+of workers, the size of chunks, the shards of the inputs or their order: inputs are taken in a canonical order (by
 repository and commit), deltas are float32 (float64 when any file is), and the result is rounded once.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 from hubfusion.checkpoint import MAX_SHARD_BYTES, Array, Writing, WrittenFile, write_checkpoint
 from hubfusion.checkpoint.deltas import (
     ROW_ENTRIES,
+    Chunk,
+    LoadedChunk,
     Models,
-    Piece,
-    Range,
     Source,
     fitting,
     norms_of,
@@ -48,14 +48,14 @@ class Settings:
     """How the work is done: on the CPU none of it changes a byte of the result.
 
     ``device`` None computes in numpy; a torch device name ("cuda", "cpu") runs the same formulas on torch tensors
-    there, a piece at a time, with the device's own rounding of sums and products. ``workers`` are processes, or threads
+    there, a chunk at a time, with the device's own rounding of sums and products. ``workers`` are processes, or threads
     where a fork is not safe (`hubfusion.parallel`); None takes one for a small model, else as many as there are cores,
     at most four. ``digest`` False saves the sha256 of the output, ``norms`` False measuring the deltas.
     """
 
     device: str | None = None
     workers: int | None = None
-    chunk: int | None = None
+    chunk_entries: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     digest: bool = True
     norms: bool = True
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Entries of the model done so far, and all of them; one event a piece."""
+    """Entries of the model done so far, and all of them; one event a chunk."""
 
     done: int
     total: int
@@ -110,7 +110,7 @@ def fuse(
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
     pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
     optimizer's last state (None: the base folder's own, or a fresh one); the next is written beside the weights.
-    ``on_event`` gets a `Progress` when pieces are done. ``prepare`` is called when everything
+    ``on_event`` gets a `Progress` when chunks are done. ``prepare`` is called when everything
     is open and matched and (unless the method needs a first pass) no delta was read. Raises `CheckpointError` for
     files that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
@@ -136,10 +136,10 @@ def fuse(
             if prepare:
                 prepare()
             work.copy_kept()
-            entries = settings.chunk or work.chunk()
-            pieces = models.ranges(entries, METHODS[recipe.method].granularity)
-            for where, squares in spread(pieces, work.start, workers, fork=settings.device is None):
-                work.took(where, squares)
+            entries = settings.chunk_entries or work.chunk_entries()
+            chunks = models.chunks(entries, METHODS[recipe.method].granularity)
+            for chunk, squares in spread(chunks, work.start, workers, fork=settings.device is None):
+                work.record(chunk, squares)
         seen = in_given_order(recipe, work.norms(), [source.dropped for source in models.sources])
         fused = Fused((*writing.written, *stepping.written), seen, models.fused, models.kept)
     log.info("fused %d inputs by %s: %d parameters", len(inputs), recipe.method, len(models.fused))
@@ -193,69 +193,69 @@ class _Work:
 
     @property
     def by_row(self) -> bool:
-        """Whether the deltas of a piece are read one after another, rather than all before the method begins."""
+        """Whether the deltas of a chunk are read one after another, rather than all before the method begins."""
         return self.method.by_row and self.device is None
 
-    def chunk(self) -> int:
-        """Entries of a piece: as many as fit a core's cache, or a device."""
+    def chunk_entries(self) -> int:
+        """Entries of a chunk: as many as fit a core's cache, or a device."""
         if self.device is not None:
             return DEVICE_ENTRIES
-        return ROW_ENTRIES if self.by_row else self.models.chunk()
+        return ROW_ENTRIES if self.by_row else self.models.chunk_entries()
 
-    def start(self) -> Callable[[Range], list[float]]:
-        """Return the work of one worker: a function from a range to its deltas' squared norms, with own buffers."""
+    def start(self) -> Callable[[Chunk], list[float]]:
+        """Return the work of one worker: a function from a chunk to its deltas' squared norms, with own buffers."""
         buffer = np.empty((3 if self.by_row else len(self.models.sources) + 1, 0), self.models.dtype)
 
-        def do(where: Range) -> list[float]:
+        def do(chunk: Chunk) -> list[float]:
             nonlocal buffer
-            buffer = fitting(buffer, where.last - where.first)
+            buffer = fitting(buffer, chunk.last - chunk.first)
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
-                base, delta, squares = (self.fuse_rows if self.by_row else self.fuse_whole)(where, buffer)
+                base, delta, squares = (self.fuse_rows if self.by_row else self.fuse_whole)(chunk, buffer)
             if self.scale != 1.0:
                 delta *= self.scale
-            delta = self.stepping.step(where.parameter.name, where.first, base, delta)
+            delta = self.stepping.step(chunk.parameter.name, chunk.first, base, delta)
             delta += base
             try:
-                self.writing.write(where.parameter.name, where.first, delta)
+                self.writing.write(chunk.parameter.name, chunk.first, delta)
             except CheckpointError:
-                self.models.read_again(where)  # when it is an input's fault, its name helps more
+                self.models.read_again(chunk)  # name the input if its values are the reason
                 raise
             return squares
 
         return do
 
-    def took(self, where: Range, squares: list[float]) -> None:
-        """Take note of a piece that is done."""
+    def record(self, chunk: Chunk, squares: list[float]) -> None:
+        """Record a chunk that is done."""
         self.squares.append(squares)
-        self.writing.digest(where.parameter.name, where.first, where.last)
-        self.stepping.digest(where.parameter.name, where.first, where.last)
-        self.count(where.last - where.first)
+        self.writing.digest(chunk.parameter.name, chunk.first, chunk.last)
+        self.stepping.digest(chunk.parameter.name, chunk.first, chunk.last)
+        self.count(chunk.last - chunk.first)
 
-    def fuse_rows(self, where: Range, buffer: Array) -> tuple[Array, Array, list[float]]:
+    def fuse_rows(self, chunk: Chunk, buffer: Array) -> tuple[Array, Array, list[float]]:
         """Read and fuse one delta after another: base and fused delta (n,), squared norms."""
         squares: list[float] = []
-        shape = where.shape
+        shape = chunk.shape
 
         def rows() -> Iterator[Array]:
-            for delta in self.models.read_rows(where, buffer):
+            for delta in self.models.read_rows(chunk, buffer):
                 if self.measured:
                     squares.append(square(delta))
                 yield delta.reshape(shape)
 
-        base = buffer[0, : where.last - where.first]
-        keywords = self.keywords(Piece(where, base, buffer[1:1]))
+        base = buffer[0, : chunk.last - chunk.first]
+        keywords = self.keywords(LoadedChunk(chunk, base, buffer[1:1]))
         fused: Array = self.method.function(rows(), self.coefficients, **self.options, **keywords)
-        return base, fused.reshape(-1), self.models.finite_squares(where, squares)
+        return base, fused.reshape(-1), self.models.finite_squares(chunk, squares)
 
-    def fuse_whole(self, where: Range, buffer: Array) -> tuple[Array, Array, list[float]]:
+    def fuse_whole(self, chunk: Chunk, buffer: Array) -> tuple[Array, Array, list[float]]:
         """Read all deltas, then fuse them: base and fused delta (n,), squared norms."""
-        piece = self.models.read(where, buffer)
-        squares = self.models.finite_squares(where, [square(delta) for delta in piece.deltas])
-        delta = self.apply(piece.deltas.reshape(-1, *where.shape), self.keywords(piece))
-        return piece.base, delta.reshape(-1), squares
+        loaded = self.models.read(chunk, buffer)
+        squares = self.models.finite_squares(chunk, [square(delta) for delta in loaded.deltas])
+        delta = self.apply(loaded.deltas.reshape(-1, *chunk.shape), self.keywords(loaded))
+        return loaded.base, delta.reshape(-1), squares
 
     def apply(self, deltas: Array, keywords: Mapping[str, Any]) -> Array:
-        """Apply the method to the deltas of a piece, in numpy or on the device."""
+        """Apply the method to the deltas of a chunk, in numpy or on the device."""
         if self.device is None:
             result: Array = self.method.function(deltas, self.coefficients, **self.options, **keywords)
             return result

@@ -1,7 +1,7 @@
-"""What a method must know about all deltas before it can be given pieces: the first passes of a fuse.
+"""What a method must know about all deltas before it sees a chunk: the first passes of a fuse.
 
-Each survey reads the models in pieces of its own canonical size, so its numbers do not depend on how the fuse is run,
-and returns a function from a piece to the keywords of the method.
+Each survey reads the models in chunks of its own canonical size, so its numbers do not depend on how the fuse is run,
+and returns a function from a chunk to the keywords of the method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hubfusion.checkpoint import Array, Checkpoint, Parameter, open_checkpoint
-from hubfusion.checkpoint.deltas import BLOCK, ROW_ENTRIES, Models, Piece, Range, fitting
+from hubfusion.checkpoint.deltas import ROW_ENTRIES, SMALLEST_CHUNK, Chunk, LoadedChunk, Models, fitting
 from hubfusion.errors import CheckpointError
 from hubfusion.fuse.methods import METHODS, Need, sparse
 from hubfusion.fuse.methods.draws import draw_rows
@@ -28,11 +28,11 @@ SMALL_GEMM = 1 << 17  # multiplications; for larger products the BLAS library wo
 FISHER_FILE, ACTIVATIONS_FILE = "fisher.safetensors", "regmean.safetensors"
 
 Options = Mapping[str, Any]
-Keywords = Callable[[Piece], dict[str, Any]]
+Keywords = Callable[[LoadedChunk], dict[str, Any]]
 
 
 def survey(method: str, options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
-    """Return the statistics keywords of ``method`` for each piece; ``stack`` closes the files that it opens."""
+    """Return the statistics keywords of ``method`` for each chunk; ``stack`` closes the files that it opens."""
     spec = METHODS[method]
     options = {**spec.options, **options}
     find = SURVEYS[spec.needs]
@@ -40,57 +40,57 @@ def survey(method: str, options: Options, models: Models, stack: ExitStack, work
 
 
 def _nothing(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
-    return lambda piece: {}
+    return lambda loaded: {}
 
 
 def _norms(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     if options["norm"] == "keep":
-        return lambda piece: {}
+        return lambda loaded: {}
     squares = np.sum([np.diag(gram)[1:] for gram in grams(models, workers).values()], axis=0)
     norms = np.sqrt(squares).tolist()
-    return lambda piece: {"norms": norms}
+    return lambda loaded: {"norms": norms}
 
 
 def _gram(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     each = {name: gram[1:, 1:] for name, gram in grams(models, workers).items()}
     if options.get("scope", "model") == "parameter":
-        return lambda piece: {"gram": each[piece.range.parameter.name]}
+        return lambda loaded: {"gram": each[loaded.chunk.parameter.name]}
     whole = np.sum(list(each.values()), axis=0)
-    return lambda piece: {"gram": whole}
+    return lambda loaded: {"gram": whole}
 
 
 def _sphere(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     each = grams(models, workers)
     if options["space"] == "deltas":
-        return lambda piece: {"gram": each[piece.range.parameter.name][1:, 1:]}
+        return lambda loaded: {"gram": each[loaded.chunk.parameter.name][1:, 1:]}
     whole = {n: g[:1, :1] + g[:1, 1:] + g[1:, :1] + g[1:, 1:] for n, g in each.items()}
-    return lambda piece: {"gram": whole[piece.range.parameter.name], "base": piece.base.reshape(piece.range.shape)}
+    return lambda loaded: {"gram": whole[loaded.chunk.parameter.name], "base": loaded.base.reshape(loaded.chunk.shape)}
 
 
 def grams(models: Models, workers: int) -> dict[str, Array]:
     """Inner products of the base and the k deltas, a parameter at a time: name to (k + 1, k + 1) in float64.
 
-    Sums are float64 over fixed blocks, in a fixed order: the same bits for any number of workers.
+    Sums are float64 over fixed chunks, in a fixed order: the same bits for any number of workers.
     """
     rows = len(models.sources) + 1
-    block = max(1, SMALL_GEMM // rows**2)
-    entries = max(BLOCK, models.chunk() // 2)  # they are held in float64, too
+    step = max(1, SMALL_GEMM // rows**2)
+    entries = max(SMALLEST_CHUNK, models.chunk_entries() // 2)  # they are held in float64, too
 
-    def start() -> Callable[[tuple[int, Range]], Array]:
+    def start() -> Callable[[tuple[int, Chunk]], Array]:
         buffer = np.empty((rows, entries), models.dtype)
         wide = np.empty((rows, entries), np.float64)
 
-        def do(job: tuple[int, Range]) -> Array:
-            where = job[1]
-            size = where.last - where.first
-            models.read(where, buffer)
+        def do(job: tuple[int, Chunk]) -> Array:
+            chunk = job[1]
+            size = chunk.last - chunk.first
+            models.read(chunk, buffer)
             wide[:, :size] = buffer[:, :size]
-            whole = size - size % block
-            blocks = wide[:, :whole].reshape(rows, -1, block).swapaxes(0, 1)
+            whole = size - size % step
+            parts = wide[:, :whole].reshape(rows, -1, step).swapaxes(0, 1)
             tail = wide[:, whole:size]
-            total: Array = np.matmul(blocks, blocks.swapaxes(1, 2)).sum(axis=0) + tail @ tail.T
+            total: Array = np.matmul(parts, parts.swapaxes(1, 2)).sum(axis=0) + tail @ tail.T
             if not np.isfinite(total).all():
-                models.refuse_not_finite(Piece(where, buffer[0, :size], buffer[1:, :size]))
+                models.refuse_not_finite(LoadedChunk(chunk, buffer[0, :size], buffer[1:, :size]))
             return total
 
         return do
@@ -98,8 +98,8 @@ def grams(models: Models, workers: int) -> dict[str, Array]:
     totals: dict[str, Array] = {name: np.zeros((rows, rows)) for name in models.fused}
     early: dict[int, tuple[str, Array]] = {}  # what came before its turn
     turn = 0
-    for (number, where), gram in spread(enumerate(models.ranges(entries)), start, workers):
-        early[number] = (where.parameter.name, gram)
+    for (number, chunk), gram in spread(enumerate(models.chunks(entries)), start, workers):
+        early[number] = (chunk.parameter.name, gram)
         while turn in early:
             name, gram = early.pop(turn)
             totals[name] += gram
@@ -110,9 +110,9 @@ def grams(models: Models, workers: int) -> dict[str, Array]:
 def _draws(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     seed, rows = options["seed"], len(models.sources)
 
-    def find(piece: Piece) -> dict[str, Any]:
-        where = piece.range
-        return {"draws": draw_rows(seed, rows, where.parameter.name, where.first, where.shape)}
+    def find(loaded: LoadedChunk) -> dict[str, Any]:
+        chunk = loaded.chunk
+        return {"draws": draw_rows(seed, rows, chunk.parameter.name, chunk.first, chunk.shape)}
 
     return find
 
@@ -120,8 +120,8 @@ def _draws(options: Options, models: Models, stack: ExitStack, workers: int) -> 
 def _thresholds(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     if options["scope"] == "parameter":
         ranks = {n: [sparse.kept_count(options["density"], models.base.parameters[n].entries)] for n in models.fused}
-        found = _ranked_each(models, ranks, workers)
-        return lambda piece: {"thresholds": found[piece.range.parameter.name][:, 0].tolist()}
+        ranked = _ranked_each(models, ranks, workers)
+        return lambda loaded: {"thresholds": ranked[loaded.chunk.parameter.name][:, 0].tolist()}
     entries = models.entries
     rank = sparse.kept_count(options["density"], entries)
 
@@ -129,15 +129,15 @@ def _thresholds(options: Options, models: Models, stack: ExitStack, workers: int
         return lambda row: nth_largest(_magnitudes(models, row, models.fused), entries, rank, models.dtype)
 
     whole = [threshold for _, threshold in sorted(spread(range(len(models.sources)), start, workers))]
-    return lambda piece: {"thresholds": whole}
+    return lambda loaded: {"thresholds": whole}
 
 
 def _bands(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     density, gamma = options["density"], options["gamma"]
     sparse.check_band(density, gamma)
     ranks = {n: [*sparse.band_ranks(density, gamma, models.base.parameters[n].entries)] for n in models.fused}
-    found = _ranked_each(models, ranks, workers)
-    return lambda piece: {"bands": found[piece.range.parameter.name][:, ::-1].tolist()}
+    ranked = _ranked_each(models, ranks, workers)
+    return lambda loaded: {"bands": ranked[loaded.chunk.parameter.name][:, ::-1].tolist()}
 
 
 def _ranked_each(models: Models, ranks: Mapping[str, list[int]], workers: int) -> dict[str, Array]:
@@ -157,41 +157,41 @@ def _ranked_each(models: Models, ranks: Mapping[str, list[int]], workers: int) -
         return do
 
     jobs = [(name, row) for name in ranks if models.base.parameters[name].entries for row in range(len(models.sources))]
-    found = {name: np.zeros((len(models.sources), len(wanted))) for name, wanted in ranks.items()}
+    ranked = {name: np.zeros((len(models.sources), len(wanted))) for name, wanted in ranks.items()}
     for (name, row), values in spread(jobs, start, workers):
-        found[name][row] = values
-    return found
+        ranked[name][row] = values
+    return ranked
 
 
 def _magnitudes(models: Models, row: int, names: tuple[str, ...]) -> Callable[[int], Iterator[Array]]:
-    """Stream |δ| of one input over some parameters; every n-th small piece for a sample."""
+    """Stream |δ| of one input over some parameters; every n-th small chunk for a sample."""
 
     def stream(every: int) -> Iterator[Array]:
         buffer = np.empty((2, ROW_ENTRIES), models.dtype)
         source = models.sources[row]
-        for where in sampled(models, names, every):
-            size = where.last - where.first
+        for chunk in sampled(models, names, every):
+            size = chunk.last - chunk.first
             base, out = buffer[0, :size], buffer[1, :size]
-            models.base.read(where.parameter.name, where.first, base)
-            source.read_delta(where.parameter.name, where.first, base, out)
+            models.base.read(chunk.parameter.name, chunk.first, base)
+            source.read_delta(chunk.parameter.name, chunk.first, base, out)
             np.abs(out, out=out)
             if not math.isfinite(float(np.max(out))):
-                models.refuse_not_finite(Piece(where, base, out[None]), (source,))
+                models.refuse_not_finite(LoadedChunk(chunk, base, out[None]), (source,))
             yield out
 
     return stream
 
 
-def sampled(models: Models, names: tuple[str, ...], every: int) -> Iterator[Range]:
-    """Ranges that cover some parameters, or about one in ``every`` of their entries in small ranges."""
+def sampled(models: Models, names: tuple[str, ...], every: int) -> Iterator[Chunk]:
+    """Chunks that cover some parameters, or about one in ``every`` of their entries in small chunks."""
     if every == 1:
-        yield from models.ranges(ROW_ENTRIES, names=names)
+        yield from models.chunks(ROW_ENTRIES, names=names)
         return
     step, start = SAMPLE_ENTRIES * every, 0
     for name in names:
         spec = models.base.parameters[name]
         for first in range(start, spec.entries, step):
-            yield Range(spec, first, min(first + SAMPLE_ENTRIES, spec.entries))
+            yield Chunk(spec, first, min(first + SAMPLE_ENTRIES, spec.entries))
         start = -(spec.entries - start) % step
 
 
@@ -207,46 +207,46 @@ def _selection(options: Options, models: Models, stack: ExitStack, workers: int)
 
         return do
 
-    found = dict(spread([n for n in models.fused if models.base.parameters[n].entries], start, workers))
-    return lambda piece: found[piece.range.parameter.name]
+    selected = dict(spread([n for n in models.fused if models.base.parameters[n].entries], start, workers))
+    return lambda loaded: selected[loaded.chunk.parameter.name]
 
 
 def _variances(models: Models, name: str) -> Rows:
     """Stream the variance of each entry over the deltas, with the deltas."""
 
     def stream(every: int) -> Iterator[tuple[Array, Array]]:
-        for piece in _pieces(models, (name,), every):
+        for loaded in _loaded(models, (name,), every):
             with np.errstate(over="ignore", invalid="ignore"):
-                spread = sparse.variance(piece.deltas)
+                spread = sparse.variance(loaded.deltas)
             if not np.isfinite(spread).all():
-                models.refuse_not_finite(piece)
+                models.refuse_not_finite(loaded)
                 raise CheckpointError(f"{name}: the variance over the deltas is too large for {models.dtype.__name__}")
-            yield spread, piece.deltas
+            yield spread, loaded.deltas
 
     return stream
 
 
-def _pieces(models: Models, names: tuple[str, ...], every: int) -> Iterator[Piece]:
+def _loaded(models: Models, names: tuple[str, ...], every: int) -> Iterator[LoadedChunk]:
     buffer = np.empty((len(models.sources) + 1, 0), models.dtype)
-    ranges = models.ranges(models.chunk(), names=names) if every == 1 else sampled(models, names, every)
-    for where in ranges:
-        buffer = fitting(buffer, where.last - where.first)
-        yield models.read(where, buffer)
+    chunks = models.chunks(models.chunk_entries(), names=names) if every == 1 else sampled(models, names, every)
+    for chunk in chunks:
+        buffer = fitting(buffer, chunk.last - chunk.first)
+        yield models.read(chunk, buffer)
 
 
 def _fishers(options: Options, models: Models, stack: ExitStack, workers: int) -> Keywords:
     files = [stack.enter_context(open_checkpoint(s.path, FISHER_FILE)) for s in models.sources]
     names = [_own_names(models, row, file, required=True) for row, file in enumerate(files)]
 
-    def find(piece: Piece) -> dict[str, Any]:
-        where = piece.range
-        fishers = np.empty((len(files), where.last - where.first), models.dtype)
+    def find(loaded: LoadedChunk) -> dict[str, Any]:
+        chunk = loaded.chunk
+        fishers = np.empty((len(files), chunk.last - chunk.first), models.dtype)
         for row, file in enumerate(files):
-            own = names[row][where.parameter.name]
-            file.read(own, where.first, fishers[row])
+            own = names[row][chunk.parameter.name]
+            file.read(own, chunk.first, fishers[row])
             if not (fishers[row] >= 0).all():
                 raise CheckpointError(f"{file.path}: {own}: Fisher information must be at least 0 and finite")
-        return {"fishers": fishers.reshape(-1, *where.shape)}
+        return {"fishers": fishers.reshape(-1, *chunk.shape)}
 
     return find
 
@@ -255,8 +255,8 @@ def _activations(options: Options, models: Models, stack: ExitStack, workers: in
     files = [stack.enter_context(open_checkpoint(s.path, ACTIVATIONS_FILE)) for s in models.sources]
     names = [_own_names(models, row, file, required=False) for row, file in enumerate(files)]
 
-    def find(piece: Piece) -> dict[str, Any]:
-        name, shape = piece.range.parameter.name, piece.range.parameter.shape
+    def find(loaded: LoadedChunk) -> dict[str, Any]:
+        name, shape = loaded.chunk.parameter.name, loaded.chunk.parameter.shape
         if not all(name in own for own in names):
             return {}
         specs = [file.parameters[own[name]] for file, own in zip(files, names, strict=True)]

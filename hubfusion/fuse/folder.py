@@ -102,13 +102,13 @@ What holds for all of them:
 - **Precision.** Deltas and sums are float32 (float64 when any file is); the result is rounded once, to nearest even, to
   the base's dtype. An average of finetunes is off by half a unit in the last place plus the rounding of the deltas' sum
   (hundredths of a unit where deltas are a hundredth of the parameters); over 99 % of entries are correctly rounded.
-- **Same recipe, same bytes**, whatever the number of workers, the size of pieces, the shards or the order in which
+- **Same recipe, same bytes**, whatever the number of workers, the size of chunks, the shards or the order in which
   inputs come: inputs are added in a canonical order (by their names: `owner/name@sha`, or the path of a folder), first
-  passes sum in float64 over fixed blocks, and random draws depend on the seed, the input's place in that order, the
+  passes sum in float64 over fixed chunks, and random draws depend on the seed, the input's place in that order, the
   parameter and the entry. On a torch device the device's own rounding applies. GPU figures have not been measured.
 - **Workers** are forks of the process, or threads where a fork is not safe: one for a small model, else one a core, at
   most four (`--workers`). What is written is hashed meanwhile.
-- **Memory** is bounded by pieces that fit a core's cache, for each worker; it grows neither with the number of inputs
+- **Memory** is bounded by chunks that fit a core's cache, for each worker; it grows neither with the number of inputs
   nor with the model. Exceptions: `regmean`, `iso_c` and `tsv` hold one whole parameter, of one input at a time, with
   its float64 decomposition or sums: the largest matrix bounds them, and it does not grow with the inputs. `della` holds
   whole rows.

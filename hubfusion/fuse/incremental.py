@@ -18,8 +18,8 @@ import numpy as np
 from hubfusion.checkpoint import Array, Checkpoint, Writing, write_checkpoint
 from hubfusion.checkpoint.deltas import (
     ROW_ENTRIES,
+    Chunk,
     Models,
-    Range,
     Source,
     fitting,
     norms_of,
@@ -170,38 +170,39 @@ class _Folding:
         last, so_far = first + len(models.sources), self.so_far
         factors = self.total.factors[first:last]
 
-        def start() -> Callable[[Range], list[float]]:
+        def start() -> Callable[[Chunk], list[float]]:
             buffer = np.empty((3, 0), models.dtype)
 
-            def do(where: Range) -> list[float]:
+            def do(chunk: Chunk) -> list[float]:
                 nonlocal buffer
-                buffer = fitting(buffer, where.last - where.first)
-                total, found = None, []
+                buffer = fitting(buffer, chunk.last - chunk.first)
+                total: Array | None = None
+                squares: list[float] = []
                 if first:
-                    total = np.empty(where.last - where.first, models.dtype)
-                    so_far.read(where.parameter.name, where.first, total)
+                    total = np.empty(chunk.last - chunk.first, models.dtype)
+                    so_far.read(chunk.parameter.name, chunk.first, total)
 
                 def rows() -> Iterator[Array]:
-                    for delta in models.read_rows(where, buffer):
-                        found.append(square(delta))
+                    for delta in models.read_rows(chunk, buffer):
+                        squares.append(square(delta))
                         yield delta
 
                 with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
                     total = add_up(zip(rows(), factors, strict=True), total, owned=True)
                     if last == len(self.total.factors):
                         total = self.total.finish(total)
-                found = models.finite_squares(where, found)
-                self.writing.write(where.parameter.name, where.first, total)
-                return found
+                squares = models.finite_squares(chunk, squares)
+                self.writing.write(chunk.parameter.name, chunk.first, total)
+                return squares
 
             return do
 
-        entries = self.settings.chunk or ROW_ENTRIES
-        squares = []
-        for where, found in spread(models.ranges(entries), start, self.workers):
-            squares.append(found)
-            self.count((where.last - where.first) * len(models.sources))
-        return norms_of(squares)
+        entries = self.settings.chunk_entries or ROW_ENTRIES
+        all_squares = []
+        for chunk, squares in spread(models.chunks(entries), start, self.workers):
+            all_squares.append(squares)
+            self.count((chunk.last - chunk.first) * len(models.sources))
+        return norms_of(all_squares)
 
 
 def _check_kept_promise(source: Source, known: Source) -> None:

@@ -1,4 +1,4 @@
-"""Where the models of a recipe lie: local folders as they are, Hub ids pinned to a commit and fetched for the fuse."""
+"""Find the models of a recipe: local folders are used as they are, Hub ids are pinned to a commit and downloaded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _ModelFolder:
     """A model by its pinned name (or the name of its folder), and the folder in which it lies."""
 
     pinned: str
@@ -90,70 +90,70 @@ def fetched(
         if not Path(name).exists() and not MODEL_ID.fullmatch(name):
             raise RecipeError(f"{name}: neither a folder here nor owner/name[@revision]")
     if all(Path(n).exists() for n in names):
-        yield _with_places(recipe, {name: _Place(name, Path(name)) for name in names})
+        yield _with_folders(recipe, {name: _ModelFolder(name, Path(name)) for name in names})
         return
     from hubfusion.fuse.incremental import Arrivals  # only here: a fuse of folders must not pay for the import
     from hubfusion.hub import connect
 
     hub = connect(endpoint, token)
-    with tempfile.TemporaryDirectory(prefix="hubfusion-") as folder, ThreadPoolExecutor(DOWNLOADS) as pool:
-        root = Path(folder)
-        places, downloads = _look_up(hub, pool, recipe, names, root)
-        found = _with_places(recipe, places)
-        uses = Counter(places[name].folder for name in names)
-        known = _later(hub, pool, found, uses, downloads) if once else {}
-        first = [d for place, some in downloads.items() if place not in known for d in some]
-        coming = {place: downloads[place] for place in known}
+    with tempfile.TemporaryDirectory(prefix="hubfusion-") as temporary, ThreadPoolExecutor(DOWNLOADS) as pool:
+        root = Path(temporary)
+        models, downloads = _look_up(hub, pool, recipe, names, root)
+        result = _with_folders(recipe, models)
+        uses = Counter(models[name].folder for name in names)
+        known = _later(hub, pool, result, uses, downloads) if once else {}
+        first = [d for folder, some in downloads.items() if folder not in known for d in some]
+        coming = {folder: downloads[folder] for folder in known}
         _check_room(root, _size(first) + (_sum_bytes(known) + _held(coming) if coming else 0))
         with _downloading(hub, pool, counter(sum(map(_size, downloads.values())), tell)) as submit:
             jobs = submit(first)
             if coming:
-                order = [found.inputs[i] for i in found.recipe.order]
+                order = [result.inputs[i] for i in result.recipe.order]
                 batches = _arrive(submit, order, coming)
-                found = replace(found, arrivals=Arrivals(tuple(known.get(p, p) for p in order), batches, root))
+                result = replace(result, arrivals=Arrivals(tuple(known.get(p, p) for p in order), batches, root))
             for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
                 job.result()
-            yield found
+            yield result
 
 
-def _with_places(recipe: Recipe, places: Mapping[str, _Place]) -> Fetched:
-    """The recipe with every model pinned, and its folders; ``places`` are by the model's name in the recipe."""
-    inputs = tuple(replace(each, model=places[each.model].pinned) for each in recipe.inputs)
-    state = places[recipe.state] if recipe.state else None
+def _with_folders(recipe: Recipe, models: Mapping[str, _ModelFolder]) -> Fetched:
+    """The recipe with every model pinned, and its folders; ``models`` are by the model's name in the recipe."""
+    inputs = tuple(replace(each, model=models[each.model].pinned) for each in recipe.inputs)
+    state = models[recipe.state] if recipe.state else None
     pinned = replace(
-        recipe, base=places[recipe.base].pinned, inputs=inputs, state=state.pinned if state else recipe.state
+        recipe, base=models[recipe.base].pinned, inputs=inputs, state=state.pinned if state else recipe.state
     )
-    folders = tuple(places[each.model].folder for each in recipe.inputs)
-    return Fetched(pinned, places[recipe.base].folder, folders, state.folder if state else None)
+    folders = tuple(models[each.model].folder for each in recipe.inputs)
+    return Fetched(pinned, models[recipe.base].folder, folders, state.folder if state else None)
 
 
 def _look_up(
     hub: Hub, pool: Executor, recipe: Recipe, names: Sequence[str], root: Path
-) -> tuple[dict[str, _Place], dict[Path, list[_Download]]]:
+) -> tuple[dict[str, _ModelFolder], dict[Path, list[_Download]]]:
     """Pin every id and list what must be fetched, by folder; one commit has one folder, whatever it is needed as."""
 
     def ask(name: str) -> tuple[Revision, dict[str, RemoteFile]] | None:
-        found = MODEL_ID.fullmatch(name)
-        if Path(name).exists() or found is None:
+        matched = MODEL_ID.fullmatch(name)
+        if Path(name).exists() or matched is None:
             return None
-        revision = hub.resolve(found["repo"], found["name"] or "main")
+        revision = hub.resolve(matched["repo"], matched["name"] or "main")
         return revision, {file.path: file for file in hub.files(revision)}
 
-    places: dict[str, _Place] = {}
+    models: dict[str, _ModelFolder] = {}
     downloads: dict[Path, dict[str, _Download]] = {}
     # The base's in this thread: what a first request imports is not imported in several, where a signal may lock them.
     answers = chain([ask(names[0])], pool.map(ask, names[1:]))
     for number, (name, answer) in enumerate(zip(names, answers, strict=True)):
         if answer is None:
-            places[name] = _Place(name, Path(name))
+            models[name] = _ModelFolder(name, Path(name))
             continue
         revision, files = answer
         folder = root / revision.pinned.replace("/", "@")
-        places[name] = _Place(revision.pinned, folder)
+        models[name] = _ModelFolder(revision.pinned, folder)
         wanted = downloads.setdefault(folder, {})
         for path in _needed(recipe, number, set(files)):
             wanted[path] = _Download(revision, files[path], folder / path)
-    return places, {folder: list(wanted.values()) for folder, wanted in downloads.items()}
+    return models, {folder: list(wanted.values()) for folder, wanted in downloads.items()}
 
 
 def _needed(recipe: Recipe, number: int, files: set[str]) -> set[str]:
@@ -221,7 +221,7 @@ class _Remote(Checkpoint):
         view[:] = body
 
 
-def _peek(hub: Hub, downloads: Sequence[_Download]) -> _Remote | None:
+def _read_headers(hub: Hub, downloads: Sequence[_Download]) -> _Remote | None:
     """Read the headers of one input; None when only its whole files can say what it is, or what is wrong with it."""
     files = {d.file.path: d for d in downloads}
     if adapters.CONFIG in files or not files.keys() & {SINGLE, INDEX}:
@@ -249,7 +249,11 @@ def _read_range(hub: Hub, revision: Revision, name: str, start: int, stop: int) 
 
 
 def _later(
-    hub: Hub, pool: Executor, found: Fetched, uses: Mapping[Path, int], downloads: Mapping[Path, list[_Download]]
+    hub: Hub,
+    pool: Executor,
+    models: Fetched,
+    uses: Mapping[Path, int],
+    downloads: Mapping[Path, list[_Download]],
 ) -> dict[Path, _Remote]:
     """The headers of those inputs that may come during the fuse; none unless that takes a tenth less room.
 
@@ -257,12 +261,12 @@ def _later(
     """
     from hubfusion.fuse.incremental import sum_of
 
-    some = [p for p in found.inputs if p in downloads and uses[p] == 1]
-    if len(some) <= IN_FLIGHT or sum_of(found.recipe) is None:
+    some = [p for p in models.inputs if p in downloads and uses[p] == 1]
+    if len(some) <= IN_FLIGHT or sum_of(models.recipe) is None:
         return {}
-    peeked = pool.map(lambda place: (place, _peek(hub, downloads[place])), some)
-    known = {place: remote for place, remote in peeked if remote}
-    coming = {place: downloads[place] for place in known}
+    read = pool.map(lambda folder: (folder, _read_headers(hub, downloads[folder])), some)
+    known = {folder: remote for folder, remote in read if remote}
+    coming = {folder: downloads[folder] for folder in known}
     together = sum(map(_size, coming.values()))
     return known if _held(coming) + _sum_bytes(known) < 0.9 * together else {}
 
@@ -287,21 +291,21 @@ def _arrive(submit: Submit, order: Sequence[Path], coming: Mapping[Path, list[_D
     rest, begun = deque(order), deque[tuple[Path, list[Future[None]]]]()
 
     def begin() -> None:
-        while rest and (rest[0] not in coming or sum(place in coming for place, _ in begun) < IN_FLIGHT):
-            place = rest.popleft()
-            begun.append((place, submit(coming.get(place, ()))))
+        while rest and (rest[0] not in coming or sum(folder in coming for folder, _ in begun) < IN_FLIGHT):
+            folder = rest.popleft()
+            begun.append((folder, submit(coming.get(folder, ()))))
 
     def batches() -> Iterator[list[Path]]:
         while begun:
             batch: list[Path] = []
             while begun and (not batch or all(job.done() for job in begun[0][1])):
-                place, jobs = begun.popleft()
+                folder, jobs = begun.popleft()
                 for job in jobs:
                     job.result()
-                batch.append(place)
+                batch.append(folder)
             yield batch
-            for place in set(batch) & set(coming):
-                shutil.rmtree(place)
+            for folder in set(batch) & set(coming):
+                shutil.rmtree(folder)
             begin()
 
     begin()

@@ -88,19 +88,19 @@ def _read_toml(text: str, path: Path) -> Recipe:
     for number, entry in enumerate(entries):
         where = f"{path}: inputs[{number}]"
         _only(entry, MODEL_KEYS, where)
-        model = _place(_get(entry, "model", str, where), path)
+        model = _model_path(_get(entry, "model", str, where), path)
         inputs.append(Input(model, _get(entry, "coefficient", float, where, 1.0)))
     outer = dict(_get(data, "outer", dict, str(path), {}))
     name, state = outer.pop("name", "plain"), outer.pop("state", None)
     return Recipe(
-        _place(_get(data, "base", str, str(path)), path),
+        _model_path(_get(data, "base", str, str(path)), path),
         tuple(inputs),
         _get(data, "method", str, str(path), "average"),
         tuple(sorted(_get(data, "options", dict, str(path), {}).items())),
         _get(data, "scale", float, str(path), 1.0),
         name,
         tuple(sorted(outer.items())),
-        _place(state, path) if state else None,
+        _model_path(state, path) if state else None,
     )
 
 
@@ -118,7 +118,7 @@ def write_recipe(recipe: Recipe) -> str:
     return tomli_w.dumps(data)
 
 
-def _place(model: str, recipe: Path) -> str:
+def _model_path(model: str, recipe: Path) -> str:
     """A folder beside the recipe, when there is one; otherwise the name as it is."""
     beside = recipe.parent / model
     return str(beside.resolve()) if beside.exists() else model
@@ -226,9 +226,9 @@ def _read_mergekit(text: str, path: Path) -> ReadRecipe:
     weights, options, scale = _numbers_of_mergekit(method, shared, tables, str(path))
     if method == "nuslerp" and base is not None:
         options["space"] = "deltas"
-    inputs = tuple(Input(_place(name, path), weight) for name, weight in zip(names, weights, strict=True))
+    inputs = tuple(Input(_model_path(name, path), weight) for name, weight in zip(names, weights, strict=True))
     ours = MERGEKIT[method].ours
-    recipe = Recipe(_place(base or names[0], path), inputs, ours, tuple(sorted(options.items())), scale)
+    recipe = Recipe(_model_path(base or names[0], path), inputs, ours, tuple(sorted(options.items())), scale)
     notes = [f"{method}: {MERGEKIT[method].note}"] if MERGEKIT[method].note else []
     if "dtype" in data or "out_dtype" in data:
         notes.append("dtype: sums are float32 (float64 for float64 files) and the result has the base's own dtypes")
@@ -269,10 +269,10 @@ def _numbers_of_mergekit(
 
 
 def _slerp_shares(t: Any, where: str) -> list[float]:
-    found = _number(t, "t", where)
-    if found is None or not 0 <= found <= 1:
-        raise RecipeError(f"{where}: slerp needs t in [0, 1], got {found}")
-    return [1 - found, found]
+    t_value = _number(t, "t", where)
+    if t_value is None or not 0 <= t_value <= 1:
+        raise RecipeError(f"{where}: slerp needs t in [0, 1], got {t_value}")
+    return [1 - t_value, t_value]
 
 
 def _check_parameters(method: str, known: _Shared, tables: tuple[Mapping[str, Any], ...], where: str) -> None:

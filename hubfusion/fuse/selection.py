@@ -70,7 +70,7 @@ def select(
 ) -> tuple[float, list[float]]:
     """Return the ``rank``-th largest number as `nth_largest` does, and the energies of what comes with the largest.
 
-    ``stream`` yields numbers (n,) with rows (k, n); the energies are k sums of squares, in float64, over the places
+    ``stream`` yields numbers (n,) with rows (k, n); the energies are k sums of squares, in float64, over the entries
     whose number is at least the one returned. About ``sample`` numbers (a million or two) are looked at first.
     """
     if not 1 <= rank <= entries:
@@ -97,10 +97,10 @@ def select(
         elif bracket.stride == 1:
             ordered = np.concatenate(bracket.held)
             ordered.partition(ordered.size - inside)
-            found = float(ordered[ordered.size - inside])
+            value = float(ordered[ordered.size - inside])
             for held, rows in zip(bracket.held, bracket.rows, strict=True):
-                bracket.energies += _energies(rows, held >= found)
-            return found, bracket.energies.tolist()
+                bracket.energies += _energies(rows, held >= value)
+            return value, bracket.energies.tolist()
         else:
             known = (low, high)
             low, high = _narrow(np.concatenate(bracket.held), inside / bracket.count, *known)
@@ -144,9 +144,9 @@ def _count(stream: Rows, low: float, high: float, max_held: int) -> _Bracket:
             bracket.above += int(part.size - np.count_nonzero(below))
             bracket.energies += _energies(rows, inside if low == high else ~below)
             inside &= below
-        found = part[inside]
-        bracket.count += found.size
-        bracket.held.append(found[:: bracket.stride].copy() if bracket.stride > 1 else found)
+        chosen = part[inside]
+        bracket.count += chosen.size
+        bracket.held.append(chosen[:: bracket.stride].copy() if bracket.stride > 1 else chosen)
         bracket.size += bracket.held[-1].size
         if bracket.stride == 1:
             bracket.rows.append(np.take(rows, np.flatnonzero(inside), axis=1) if len(rows) else rows[:, :0])

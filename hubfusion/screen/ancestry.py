@@ -57,7 +57,7 @@ def find_ancestry(
 ) -> list[Ancestry]:
     """The nearest of the base ``tag`` and the ``earlier`` versions, for each of ``vectors`` (measured already)."""
     rows = _sample(base, backbone, earlier, tag, seed) if earlier else None
-    found = []
+    ancestries = []
     for vector in vectors:
         distances = _distances(vector, earlier, tag)
         votes = _vote(rows, vector) if rows else {}
@@ -65,17 +65,17 @@ def find_ancestry(
         winner = max(votes, key=lambda name: votes[name], default=tag)
         if clear < ENOUGH or votes[winner] < SHARE * clear:
             winner = _by_distance(vector, earlier, distances, tag)
-        found.append(Ancestry(winner, distances, votes))
-    return found
+        ancestries.append(Ancestry(winner, distances, votes))
+    return ancestries
 
 
 def _distances(vector: TaskVector, earlier: Mapping[str, TaskVector], tag: str) -> dict[str, float]:
-    found = {tag: vector.norm}
+    distances = {tag: vector.norm}
     for name, version in earlier.items():
         gap = vector.sketch - version.sketch
         if math.isfinite(distance := math.sqrt(float(gap @ gap))):
-            found[name] = distance
-    return found
+            distances[name] = distance
+    return distances
 
 
 def _by_distance(

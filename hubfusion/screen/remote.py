@@ -58,8 +58,8 @@ def find_weights(files: Mapping[str, RemoteFile]) -> RemoteFile:
     if SINGLE not in files and INDEX not in files:
         others = sorted(n for n in files if n.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")))
         adapter = f"{ADAPTER} without {ADAPTER_CONFIG}" if ADAPTER in files else ""
-        found = adapter or (f"only {others[0]}" if others else "none")
-        what = f"weights must be {SINGLE}, {INDEX} with shards, or {ADAPTER} with {ADAPTER_CONFIG}, found {found}"
+        present = adapter or (f"only {others[0]}" if others else "none")
+        what = f"weights must be {SINGLE}, {INDEX} with shards, or {ADAPTER} with {ADAPTER_CONFIG}, found {present}"
         refuse(Reason.NO_SAFETENSORS, f"{what}; save with safe_serialization=True")
     if ADAPTER_CONFIG in files:
         refuse(Reason.BAD_FILES, f"{ADAPTER_CONFIG} beside full weights: readers disagree on what the model is")

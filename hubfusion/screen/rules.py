@@ -298,9 +298,9 @@ def _check_tensors(weights: RemoteTensors, base: Base, policy: Policy) -> None:
         if weights.adapter is not None:
             match_adapter(weights.adapter, base.backbone, base.tensors, weights.tensors)
         else:
-            found = match(base.backbone, base.tensors, weights.tensors, any_float=policy.any_float_dtype)
+            matched = match(base.backbone, base.tensors, weights.tensors, any_float=policy.any_float_dtype)
             size, extra = (
-                sum(weights.tensors[n].entries for n in names) for names in (found.names.values(), found.heads)
+                sum(weights.tensors[n].entries for n in names) for names in (matched.names.values(), matched.heads)
             )
             if extra > size:
                 refuse(

@@ -73,59 +73,59 @@ def measure(
     """
     for vector in vectors:
         _check_constants(base, vector)
-    places = [
-        _Place(base.parameters[name], first, min(CHUNK, base.parameters[name].entries - first), is_head)
+    chunks = [
+        _Chunk(base.parameters[name], first, min(CHUNK, base.parameters[name].entries - first), is_head)
         for names, is_head in ((backbone.parameters, False), (backbone.heads, True))
         for name in names
         for first in range(0, base.parameters[name].entries, CHUNK)
     ]
 
-    def work() -> Callable[[int], _Found]:
+    def work() -> Callable[[int], _Sums]:
         theta, tau = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
         bad = [vector.bad for vector in vectors]  # this worker's own view of who is to be read on
 
-        def do(first: int) -> _Found:
-            found = _Found(np.zeros((len(vectors) + 1, TOGETHER, 4)), np.zeros((len(vectors), SIZE)), bad)
-            for number, place in enumerate(places[first : first + TOGETHER]):
-                chunk = theta[: place.count]
-                base.read(place.spec.name, place.first, chunk)
-                if not place.is_head or not np.isfinite(chunk).all():
-                    found.sums[-1, number, 0] = np.dot(chunk, chunk)
+        def do(first: int) -> _Sums:
+            part = _Sums(np.zeros((len(vectors) + 1, TOGETHER, 4)), np.zeros((len(vectors), SIZE)), bad)
+            for number, chunk in enumerate(chunks[first : first + TOGETHER]):
+                values = theta[: chunk.count]
+                base.read(chunk.spec.name, chunk.first, values)
+                if not chunk.is_head or not np.isfinite(values).all():
+                    part.sums[-1, number, 0] = np.dot(values, values)
                 for i, vector in enumerate(vectors):
-                    if bad[i] is None and place.spec.name in vector.source.names:
-                        into = tau[: place.count]
-                        bad[i], found.sums[i, number] = _add(vector, place, chunk, into, signs, found.sketches[i])
-            return found
+                    if bad[i] is None and chunk.spec.name in vector.source.names:
+                        into = tau[: chunk.count]
+                        bad[i], part.sums[i, number] = _add(vector, chunk, values, into, signs, part.sketches[i])
+            return part
 
         return do
 
-    sums = np.zeros((len(vectors) + 1, len(places) + TOGETHER, 4))
+    sums = np.zeros((len(vectors) + 1, len(chunks) + TOGETHER, 4))
     sketches = np.zeros((len(vectors), SIZE))
-    total = sum(place.count for place in places)
+    total = sum(chunk.count for chunk in chunks)
     count = counter(total, on_entries)
-    jobs = range(0, len(places), TOGETHER)
-    for first, found in spread(jobs, work, suited(total * (len(vectors) + 1), workers)):
-        sums[:, first : first + TOGETHER] = found.sums
-        sketches += found.sketches
-        for vector, bad in zip(vectors, found.bad, strict=True):
+    jobs = range(0, len(chunks), TOGETHER)
+    for first, part in spread(jobs, work, suited(total * (len(vectors) + 1), workers)):
+        sums[:, first : first + TOGETHER] = part.sums
+        sketches += part.sketches
+        for vector, bad in zip(vectors, part.bad, strict=True):
             vector.bad = vector.bad or bad
-        count(sum(place.count for place in places[first : first + TOGETHER]))
-    sums = sums[:, : len(places)]
+        count(sum(chunk.count for chunk in chunks[first : first + TOGETHER]))
+    sums = sums[:, : len(chunks)]
     if not np.isfinite(sums[-1]).all():
-        wrong = places[int(np.flatnonzero(~np.isfinite(sums[-1, :, 0]))[0])]
+        wrong = chunks[int(np.flatnonzero(~np.isfinite(sums[-1, :, 0]))[0])]
         raise CheckpointError(f"{base.path}: {wrong.spec.name} is not finite or too large to fuse")
     for i, vector in enumerate(vectors):
         vector.sketch = sketches[i]
-        for place, square in zip(places, sums[i, :, 0], strict=True):
+        for chunk, square in zip(chunks, sums[i, :, 0], strict=True):
             if square:
-                vector.squares[place.spec.name] = vector.squares.get(place.spec.name, 0.0) + float(square)
+                vector.squares[chunk.spec.name] = vector.squares.get(chunk.spec.name, 0.0) + float(square)
         vector.along, vector.fourth = math.fsum(sums[i, :, 1]), math.fsum(sums[i, :, 2])
         vector.largest = float(sums[i, :, 3].max(initial=0.0))
     return math.fsum(sums[-1, :, 0])
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Chunk:
     """``count`` entries from ``first`` of one parameter, of the backbone or of the base's pretraining head."""
 
     spec: Parameter
@@ -135,7 +135,7 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Sums:
     """Of `TOGETHER` chunks: what `_add` gives for each vector, ‖θ‖² last; their sketches; who is bad so far."""
 
     sums: NDArray[np.float64]
@@ -144,38 +144,38 @@ class _Found:
 
 
 def _add(
-    vector: TaskVector, place: _Place, theta: Floats, tau: Floats, signs: Signs, sketch: NDArray[np.float64]
+    vector: TaskVector, chunk: _Chunk, theta: Floats, tau: Floats, signs: Signs, sketch: NDArray[np.float64]
 ) -> tuple[tuple[Reason, str] | None, tuple[float, float, float, float]]:
-    """Read one chunk into ``tau`` (used up); what is bad, and Στ², Στθ, Στ⁴ and max |τ| over it; add to ``sketch``."""
+    """Read one chunk into ``tau`` (used up) and add it to ``sketch``; return what is bad, Στ², Στθ, Στ⁴ and max |τ|."""
     nothing = (0.0, 0.0, 0.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         try:
-            vector.source.read_delta(place.spec.name, place.first, theta, tau)
+            vector.source.read_delta(chunk.spec.name, chunk.first, theta, tau)
         except CheckpointError as error:
             return (Reason.CORRUPT, str(error)), nothing
         square = float(np.dot(tau, tau))
         if not math.isfinite(square):
             wrong = np.flatnonzero(~np.isfinite(tau))
             if len(wrong):
-                return _not_finite(vector, place, int(wrong[0]), float(tau[wrong[0]])), nothing
+                return _not_finite(vector, chunk, int(wrong[0]), float(tau[wrong[0]])), nothing
             square = float(np.square(tau, dtype=np.float64).sum())
-        if square == 0.0 or place.is_head or _is_rounding(vector, place, theta, tau):
+        if square == 0.0 or chunk.is_head or _is_rounding(vector, chunk, theta, tau):
             return None, nothing
         along, largest = float(np.dot(tau, theta)), max(float(tau.max()), -float(tau.min()))
-        signs.add(sketch, place.spec.name, place.first, tau)
+        signs.add(sketch, chunk.spec.name, chunk.first, tau)
         np.square(tau, out=tau)
         return None, (square, along, float(np.dot(tau, tau)), largest)
 
 
-def _not_finite(vector: TaskVector, place: _Place, entry: int, value: float) -> tuple[Reason, str]:
-    name = vector.source.own_name(place.spec.name)
-    where = ", ".join(str(int(i)) for i in np.unravel_index(place.first + entry, place.spec.shape))
-    return Reason.NOT_FINITE, f"{name}[{where}] is {value}; train again and check the loss"
+def _not_finite(vector: TaskVector, chunk: _Chunk, entry: int, value: float) -> tuple[Reason, str]:
+    name = vector.source.own_name(chunk.spec.name)
+    index = ", ".join(str(int(i)) for i in np.unravel_index(chunk.first + entry, chunk.spec.shape))
+    return Reason.NOT_FINITE, f"{name}[{index}] is {value}; train again and check the loss"
 
 
-def _is_rounding(vector: TaskVector, place: _Place, theta: Floats, tau: Floats) -> bool:
+def _is_rounding(vector: TaskVector, chunk: _Chunk, theta: Floats, tau: Floats) -> bool:
     """Whether a chunk of a finetune in half precision is just the base's, rounded: then nothing was trained there."""
-    dtype = vector.source.dtype_of(place.spec.name)
+    dtype = vector.source.dtype_of(chunk.spec.name)
     if dtype not in ("F16", "BF16"):
         return False
     rounded = encode(theta, dtype).view(numpy_dtype(dtype)).astype(np.float32)

@@ -65,9 +65,9 @@ def plane(report: Report) -> NDArray[np.float64]:
     centring = np.eye(count) - 1 / count
     values, vectors = np.linalg.eigh(centring @ products @ centring)
     top = np.argsort(values)[::-1][:2]
-    found: NDArray[np.float64] = np.zeros((count, 2))
-    found[:, : len(top)] = vectors[:, top] * np.sqrt(np.maximum(values[top], 0.0))
-    return found
+    coordinates: NDArray[np.float64] = np.zeros((count, 2))
+    coordinates[:, : len(top)] = vectors[:, top] * np.sqrt(np.maximum(values[top], 0.0))
+    return coordinates
 
 
 def verdict(report: Report, measure: Measure) -> str:

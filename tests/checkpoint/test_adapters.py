@@ -118,14 +118,14 @@ def test_an_adapter_of_conv1d_weights_and_one_full_finetune_are_averaged(tmp_pat
 def test_a_delta_has_the_same_bits_in_whatever_pieces_it_is_read(tmp_path):
     base = bert(tmp_path / "base")
     one = adapter(base, tmp_path / "one", "AutoModel", target_modules=[*ATTENTION, "dense"], use_dora=True)
-    from hubfusion.checkpoint.deltas import Range, open_models
+    from hubfusion.checkpoint.deltas import Chunk, open_models
 
     with open_models(base, [one]) as models:
         name = "encoder.layer.0.attention.self.query.weight"
         spec = models.base.parameters[name]
-        whole = models.read(Range(spec, 0, 256), np.empty((2, 256), np.float32)).deltas[0].copy()
+        whole = models.read(Chunk(spec, 0, 256), np.empty((2, 256), np.float32)).deltas[0].copy()
         for first, last in ((0, 1), (5, 40), (100, 256)):
-            part = models.read(Range(spec, first, last), np.empty((2, 256), np.float32)).deltas[0]
+            part = models.read(Chunk(spec, first, last), np.empty((2, 256), np.float32)).deltas[0]
             assert part.tolist() == whole[first:last].tolist()
     assert whole.any()
 

@@ -68,11 +68,11 @@ def sha256_of(file: Path) -> str:
 def test_the_digest_is_that_of_the_file_however_its_pieces_come(tmp_path, limit, told):
     shapes = {"a": (300,), "b": (0, 4), "c": (70, 7), "d": (), "e": (1000,)}
     specs = [Parameter(n, "F16" if n == "c" else "F32", s, Path()) for n, s in shapes.items()]
-    pieces = [(s, first) for s in specs for first in range(0, max(s.entries, 1), 64)]
+    chunks = [(s, first) for s in specs for first in range(0, max(s.entries, 1), 64)]
     rng = np.random.default_rng(0)
-    rng.shuffle(pieces)
+    rng.shuffle(chunks)
     with write_checkpoint(tmp_path, specs, max_shard_bytes=limit) as writing:
-        for number, (spec, first) in enumerate(pieces):
+        for number, (spec, first) in enumerate(chunks):
             last = min(first + 64, spec.entries)
             writing.write(spec.name, first, rng.standard_normal(last - first))
             if told == "all" or (told == "some" and number % 3):

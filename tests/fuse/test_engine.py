@@ -218,7 +218,7 @@ def test_same_bytes_whatever_workers_pieces_shards_and_order(tmp_path, monkeypat
     recipe = plan(4, coefficients=(0.1, 0.7, 0.3, 0.2))
     wanted = fuse(recipe, base, inputs, tmp_path / "out").files
     for workers, chunk in ((1, None), (3, 8192), (2, 16384), (5, 1)):
-        settings = Settings(workers=workers, chunk=chunk)
+        settings = Settings(workers=workers, chunk_entries=chunk)
         assert fuse(recipe, base, inputs, tmp_path / "out", settings=settings).files == wanted
     assert fuse(recipe, sharded[0], sharded[1:], tmp_path / "out").files == wanted
     turned = replace(recipe, inputs=recipe.inputs[::-1])
@@ -263,11 +263,11 @@ def test_a_recipe_that_cannot_be_followed_is_refused_in_one_line(tmp_path, field
 def test_the_pieces_of_open_models_cover_every_entry_in_order(tmp_path):
     base, inputs = family(tmp_path, 2)
     with open_models(base, inputs) as models:
-        for piece in models.pieces():
-            name = piece.range.parameter.name
+        for loaded in models.loaded_chunks():
+            name = loaded.chunk.parameter.name
             expected = [load(p)[name].ravel() - load(base)[name].ravel() for p in inputs]
-            assert np.array_equal(piece.deltas, expected)
-            assert np.array_equal(piece.base, load(base)[name].ravel())
+            assert np.array_equal(loaded.deltas, expected)
+            assert np.array_equal(loaded.base, load(base)[name].ravel())
 
 
 def test_inner_products_of_very_many_inputs_are_exact_and_summed_in_order(tmp_path):

@@ -102,7 +102,7 @@ def test_the_same_bytes_for_any_workers_and_pieces(models, tmp_path, monkeypatch
     plan = plan_for(name, len(inputs))
     wanted = fuse(plan, base, inputs, tmp_path / "out").files
     for workers, chunk in ((1, 8192), (3, 16384)):
-        settings = Settings(workers=workers, chunk=chunk)
+        settings = Settings(workers=workers, chunk_entries=chunk)
         assert fuse(plan, base, inputs, tmp_path / "out", settings=settings).files == wanted
     turned = replace(plan, inputs=plan.inputs[::-1])
     assert fuse(turned, base, inputs[::-1], tmp_path / "out").files == wanted

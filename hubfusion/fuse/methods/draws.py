@@ -16,7 +16,7 @@ LEVELS = 1 << 16
 def draw(seed: int, row: int, name: str, first: int, last: int) -> npt.NDArray[np.uint16]:
     """Uniform whole numbers in 0 ... 65535 for entries ``first ... last`` of one input's parameter.
 
-    Entry e has always the same draw, in whatever pieces it is asked for (PCG64 is advanced to it).
+    Entry e has always the same draw, whatever the chunks (PCG64 is advanced to it).
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}\0{row}\0{name}".encode()).digest()[:16], "little")
     generator = np.random.PCG64(key).advance(first // 4)
@@ -30,7 +30,7 @@ def draw(seed: int, row: int, name: str, first: int, last: int) -> npt.NDArray[n
 
 
 def draw_rows(seed: int, rows: int, name: str, first: int, shape: tuple[int, ...]) -> Iterator[npt.NDArray[Any]]:
-    """Draws of ``rows`` inputs for a piece that begins at entry ``first``, one input after another: (*shape)."""
+    """Draws of ``rows`` inputs for a chunk that begins at entry ``first``, one input after another: (*shape)."""
     size = math.prod(shape)
     for row in range(rows):
         yield draw(seed, row, name, first, first + size).reshape(shape)

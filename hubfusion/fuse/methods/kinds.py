@@ -25,7 +25,7 @@ NORMS = ("keep", "clip", "equal")
 
 
 class Need(StrEnum):
-    """What a first pass over all deltas must find out before a method can be given pieces."""
+    """What a first pass over all deltas must measure before a method sees a chunk."""
 
     NOTHING = "nothing"
     NORMS = "norms"
