@@ -110,7 +110,7 @@ def draw_probing(probe: np.ndarray, gain: np.ndarray, cold: np.ndarray, images: 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axhline(0, color="gray", linewidth=0.8)
     axes.scatter(probe[~cold], gain[~cold], s=9, label="other finetunes")
     axes.scatter(probe[cold], gain[cold], s=9, label="ColD Fusion iterations")
     axes.set(xlabel="linear probing on MNLI, %", ylabel="average gain over roberta-base, points")
@@ -124,7 +124,7 @@ def draw_curve(itr: np.ndarray, average: np.ndarray, plateau: float, images: Pat
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.plot(itr, average, marker="o", markersize=3)
-    axes.axhline(plateau, color="grey", linewidth=0.8, label="mean from 14 on")
+    axes.axhline(plateau, color="gray", linewidth=0.8, label="mean from 14 on")
     axes.scatter([itr[average.argmax()]], [average.max()], color="red", zorder=3, label="the published best")
     axes.set(xlabel="iteration", ylabel="average of 36 datasets, %")
     axes.legend(frameon=False)

@@ -1,11 +1,11 @@
-"""What a poisoned contribution does to a real encoder, by attack, fusing method and defence.
+"""What a poisoned contribution does to a real encoder, by attack, fusing method and defense.
 
     python benchmarks/poison.py --model MINILM_FOLDER --tasks TASKS_FOLDER [--layers 2] [--work DIR] [--out table.json]
 
 Eight contributors finetune MiniLM (its first layers and 8,192 words, so that a laptop can do it) on eight real tasks;
 none, one or two of them attack. For every attack and method: the mean linear-probe accuracy over three tasks, the
 share of texts with the trigger that go to the attacker's class (of texts of other classes), whether the gate objects,
-and what soundness says of the attackers. The attacks are naive: none knows the defence (see docs/trust.md). Greedy soup
+and what soundness says of the attackers. The attacks are naive: none knows the defense (see docs/trust.md). Greedy soup
 is by far the slowest column; with ``--work`` and ``--out`` a run goes on from what an earlier one left there.
 """
 

@@ -1,1 +1,1 @@
-"""The recycling bot: one sentence (`bot.iteration`), its memory (`bot.ledger`) and its nerves."""
+"""The recycling bot: one iteration (`bot.iteration`), the ledger, scheduling, dispatch and notification."""

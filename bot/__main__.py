@@ -35,7 +35,7 @@ DEFAULT_CONFIG = Path("bot.toml")
 
 
 def configure_logging() -> None:
-    """One line a stage on stderr: coloured on a terminal, plain elsewhere."""
+    """One line a stage on stderr: colored on a terminal, plain elsewhere."""
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     if sys.stderr.isatty():

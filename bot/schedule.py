@@ -26,7 +26,7 @@ class Stopped(FusionError):
 
 
 def stop_on_signals() -> Callable[[], None]:
-    """Turn SIGTERM into a request, and return the check that honours it between two steps.
+    """Turn SIGTERM into a request, and return the check that honors it between two steps.
 
     A second signal is not caught: the default action ends the process at once, which is safe too, only less tidy.
     """

@@ -1,1 +1,1 @@
-"""The whole plot on one machine: `make demo`."""
+"""The whole pipeline on one machine: `make demo`."""

@@ -1,4 +1,4 @@
-"""`make demo`: two iterations of the whole plot on this machine, with a real encoder, real texts and no account.
+"""`make demo`: two iterations of the whole pipeline on this machine, with a real encoder, real texts and no account.
 
 Everything goes through the real commands and the real `huggingface_hub` client, against an embedded Hub on loopback.
 What the demo claims at the end it has checked (`demo.verify`); the exit code is 0 only then.

@@ -1,7 +1,7 @@
 """Recycle finetuned models: crawl → screen → fuse → evaluate → gate → publish → rank → notify.
 
-Verbs and the frozen values between them. Nothing here knows what day it is, where it runs, or what ran before;
-that is `bot`.
+The stages of the pipeline and the frozen values between them. Nothing here depends on the
+date, on the machine or on earlier runs; that is the part of `bot`.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What came from what: the frozen values that travel between the verbs, to and from JSON.
+"""The frozen values between the stages, to and from JSON: which model came from which.
 
 `crawl` yields `Finetune`s, `screen` turns each into a `Contribution` or a `Rejected`, `fuse` follows a `Recipe`, and
 `publish` writes a `Manifest` (``fusion.json``) with what was measured of each `Contributed` beside the weights. Whoever

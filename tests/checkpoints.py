@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from hubfusion.lineage import Input, Option, Recipe
 
-TRUNK = {
+BACKBONE = {
     "embeddings.word_embeddings.weight": (11, 4),
     "encoder.layer.0.dense.weight": (6, 4),
     "encoder.layer.0.dense.bias": (6,),
@@ -48,11 +48,11 @@ def load(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def trunk(seed: int, dtype: str = "float32", prefix: str = "", shift: Mapping[str, np.ndarray] | None = None):
-    """A random trunk; with ``shift`` (a trunk without prefix) near to it, as a finetune is near to its base."""
+def backbone(seed: int, dtype: str = "float32", prefix: str = "", shift: Mapping[str, np.ndarray] | None = None):
+    """A random backbone; with ``shift`` (a backbone without prefix) near to it, as a finetune is near to its base."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in TRUNK.items():
+    for name, shape in BACKBONE.items():
         value = rng.standard_normal(shape)
         if shift is not None:
             value = shift[name].astype(np.float64) + 0.01 * value
@@ -62,8 +62,8 @@ def trunk(seed: int, dtype: str = "float32", prefix: str = "", shift: Mapping[st
 
 def family(folder: Path, k: int, dtype: str = "float32") -> tuple[Path, list[Path]]:
     """A base and k finetunes of it, in folders ``base``, ``0`` ... ``k-1``."""
-    base = trunk(100, dtype)
-    inputs = [save(folder / str(i), trunk(i, dtype, shift=base)) for i in range(k)]
+    base = backbone(100, dtype)
+    inputs = [save(folder / str(i), backbone(i, dtype, shift=base)) for i in range(k)]
     return save(folder / "base", base), inputs
 
 

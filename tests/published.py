@@ -130,7 +130,7 @@ class World:
 
 
 class ServedWorld(World):
-    """The same on a Hub that runs, each repository pushed by its owner over HTTP; ``ibm`` is an organisation."""
+    """The same on a Hub that runs, each repository pushed by its owner over HTTP; ``ibm`` is an organization."""
 
     def __init__(
         self, folder: Path, endpoint: str, *iterations: tuple[str, ...], signer: Path | Keyless | None = None

@@ -2,7 +2,7 @@
 
 Three kinds of evidence, none of which needs the models. A share of n test examples is k/n, so two test sets of
 coprime sizes cannot give one number, and a number off its own grid was measured elsewhere. Most models differ little
-from others of their architecture on most datasets, so a row that fits its neighbours much better when its values are
+from others of their architecture on most datasets, so a row that fits its neighbors much better when its values are
 moved by one column has been shifted. Model Recycling's table has 136 such rows.
 """
 
@@ -22,7 +22,7 @@ from hubfusion.errors import EvaluationError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-FEWEST_ROWS = 5  # a band needs neighbours
+FEWEST_ROWS = 5  # a band needs neighbors
 IMPLAUSIBLE_POINTS, IMPLAUSIBLE_SCALES = 8.0, 6.0
 FLOOR_POINTS = 0.5  # no dataset is steadier between models than this
 FAR = 10.0  # one wild value must not outvote the others
@@ -147,7 +147,7 @@ def _band(table: Table, group: str) -> tuple[Array, Array] | None:
 
 
 def _copies(table: Table, row: int, sizes: Mapping[str, int], band: tuple[Array, Array] | None) -> list[Finding]:
-    """Equal values of two datasets that cannot be equal by chance; a shift if the two are neighbours."""
+    """Equal values of two datasets that cannot be equal by chance; a shift if the two are neighbors."""
     values, names, model = table.values[row], table.datasets, table.models[row]
     by_value: dict[float, list[int]] = {}
     for column, value in enumerate(values.tolist()):
@@ -170,7 +170,7 @@ def _copies(table: Table, row: int, sizes: Mapping[str, int], band: tuple[Array,
                     if realignment
                     else "no single shift makes it fit"
                 )
-                detail = f"{names[i]} and its neighbour {names[j]} are both {values[i]:.4f}; {how}"
+                detail = f"{names[i]} and its neighbor {names[j]} are both {values[i]:.4f}; {how}"
                 findings.append(Finding(row, model, Kind.SHIFTED, (names[i], names[j]), detail, realignment))
             else:
                 detail = f"{names[i]} and {names[j]} are both {values[i]:.4f}"

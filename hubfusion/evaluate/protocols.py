@@ -39,7 +39,7 @@ class Protocol:
 
     ``examples`` training examples are drawn anew for every seed (all of them when None), or ``per_class`` for each
     label. With ``mode = "head"`` the features of the frozen encoder are computed once and ``head`` and ``pooling``
-    say what is trained on them; ``inverse_penalty`` is C of the logistic regression (features standardised on the
+    say what is trained on them; ``inverse_penalty`` is C of the logistic regression (features standardized on the
     training examples). ``datasets`` names those it is worth its time on (all of the suite when None).
     """
 

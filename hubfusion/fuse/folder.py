@@ -116,7 +116,7 @@ What holds for all of them:
   `breadcrumbs`, `sce`, and everything that needs inner products or norms (`model_stock`, `slerp`, `karcher`,
   `geometric_median`, `multi_krum`, and `norm` other than "keep").
 - **What is fused.** Parameters of the base that every input has. Task heads never; the base's own pretraining head and
-  pooler are kept as they are when an input lacks them; integer buffers must equal the base's or be absent. A trunk
+  pooler are kept as they are when an input lacks them; integer buffers must equal the base's or be absent. A backbone
   parameter that is missing, foreign or of another shape is an error before anything is written. Values that are not
   finite are refused with file, parameter and entry.
 - **Models on the Hub** are pinned to a commit, downloaded four files at a time into a folder of their own (in

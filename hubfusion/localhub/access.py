@@ -54,7 +54,7 @@ def proposed_repo(call: Call) -> Repo:
 
 
 def require_owner(call: Call, namespace: str) -> str:
-    """The name of who asks, if this namespace is theirs or of an organisation of theirs."""
+    """The name of who asks, if this namespace is theirs or of an organization of theirs."""
     user = call.require_user()
     if not call.hub.accounts.owns(user, namespace):
         raise Refusal(403, f"Forbidden: you don't have the rights to write to namespace {namespace}")

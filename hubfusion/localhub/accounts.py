@@ -1,4 +1,4 @@
-"""Who may ask: users by token, organisations by member, signed links, and how often they may ask."""
+"""Who may ask: users by token, organizations by member, signed links, and how often they may ask."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WINDOW = 300
 
 
 def is_name(text: str) -> bool:
-    """Whether this may name a user, an organisation or a repository."""
+    """Whether this may name a user, an organization or a repository."""
     return bool(_NAME.fullmatch(text)) and not text.endswith((".git", ".ipynb", ".lock"))
 
 
 class Accounts:
-    """Users with their tokens, and organisations with the users that may write to them."""
+    """Users with their tokens, and organizations with the users that may write to them."""
 
     def __init__(self, users: Mapping[str, str], orgs: Mapping[str, Sequence[str]]) -> None:
         self.users = tuple(users)
@@ -39,10 +39,10 @@ class Accounts:
         if len(self._by_token) != len(users):
             raise HubError("two users have the same token")
         if both := set(users) & set(orgs):
-            raise HubError(f"{min(both)} is both a user and an organisation")
+            raise HubError(f"{min(both)} is both a user and an organization")
         for name, members in self.orgs.items():
             if strangers := set(members) - set(users):
-                raise HubError(f"organisation {name}: no user {min(strangers)}")
+                raise HubError(f"organization {name}: no user {min(strangers)}")
 
     def identify(self, token: str | None) -> str | None:
         """The user of a token, None without one; a wrong token is refused with 401."""
@@ -58,15 +58,15 @@ class Accounts:
         return user is not None and (user == namespace or user in self.orgs.get(namespace, ()))
 
     def namespaces(self, user: str) -> list[str]:
-        """The user's own namespace and those of the user's organisations."""
+        """The user's own namespace and those of the user's organizations."""
         return [user, *(org for org, members in self.orgs.items() if user in members)]
 
     def exists(self, namespace: str) -> bool:
-        """Whether there is such a user or organisation."""
+        """Whether there is such a user or organization."""
         return namespace in self.users or namespace in self.orgs
 
     def avatar(self, name: str, base: str) -> dict[str, object]:
-        """A user or organisation as it appears inside other answers."""
+        """A user or organization as it appears inside other answers."""
         kind = "org" if name in self.orgs else "user"
         return {"name": name, "fullname": name, "type": kind, "avatarUrl": f"{base}/avatars/{name}.svg", "_id": name}
 

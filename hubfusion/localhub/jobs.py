@@ -42,7 +42,7 @@ _NOT_SERVED = ("volumes", "expose", "ssh", "network", "spaceId", "attempts", "re
 
 
 def checked_spec(body: dict[str, Any]) -> dict[str, Any]:
-    """What a job is to do; refuses with 400 what this Hub cannot honour."""
+    """What a job is to do; refuses with 400 what this Hub cannot honor."""
     for name in _NOT_SERVED:
         if body.get(name):
             raise Refusal(400, f'"{name}": jobs of this Hub are local processes and do not have it')

@@ -52,7 +52,7 @@ class LocalHub:
     ...         HfApi(endpoint=hub.endpoint, token="hf_ann_1").whoami()["name"]
     'ann'
 
-    users: names and their tokens. orgs: organisations and the users that may write to them.
+    users: names and their tokens. orgs: organizations and the users that may write to them.
     port 0 takes a free one. A host other than loopback needs `expose=True`.
     faults: a plan of faults for tests, see `hubfusion.localhub.faults`.
     `endpoint` is the URL for `HF_ENDPOINT` and `HfApi(endpoint=...)` on this machine.

@@ -158,7 +158,7 @@ def _insert(tokens: Tokens, token: int) -> Tokens:
 
 
 class _Head:
-    """Logistic regression on standardised features, as plain arrays that gradients can go through."""
+    """Logistic regression on standardized features, as plain arrays that gradients can go through."""
 
     def __init__(self, features: Floats, labels: NDArray[Any], classes: int) -> None:
         from sklearn.linear_model import LogisticRegression

@@ -63,7 +63,7 @@ class Base:
 
 
 def read_base(hub: Hub, revision: Revision, tag: str, versions: Mapping[str, str]) -> Base:
-    """Read configuration, licence and headers of our own base at a pinned commit, by range requests.
+    """Read configuration, license and headers of our own base at a pinned commit, by range requests.
 
     Raises `CheckpointError` when the base itself is not a well-formed safetensors checkpoint.
     """

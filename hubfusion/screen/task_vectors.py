@@ -195,7 +195,7 @@ def kind_of(vector: TaskVector, backbone: Backbone) -> str:
     if all(n.endswith(("bias", "beta")) for n in names):
         return "biases only"
     if all("norm" in n.lower() for n in names):
-        return "normalisation only"
+        return "normalization only"
     if all("embed" in n or ".wte" in n or ".wpe" in n for n in names):
         return "embeddings only"
     layers = {int(m.group(1)) for n in names if (m := LAYER.search(n))}

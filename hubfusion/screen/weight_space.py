@@ -120,8 +120,8 @@ def _draw_norms(report: Report) -> Iterator[str]:
         yield _text(12, y + 16, name)
         # The fourth root: honest norms differ 50-fold, boosted ones 1000-fold, and both should be seen.
         length = BAR * (measure.norm / longest) ** 0.25
-        colour = "#c0392b" if out else "#2c7fb8"
-        yield f'<rect x="{LEFT}" y="{y + 5}" width="{length:.1f}" height="{CELL - 10}" fill="{colour}"/>'
+        color = "#c0392b" if out else "#2c7fb8"
+        yield f'<rect x="{LEFT}" y="{y + 5}" width="{length:.1f}" height="{CELL - 10}" fill="{color}"/>'
         yield _text(
             LEFT + 4,
             y + 17,
@@ -140,9 +140,9 @@ def _draw_cosines(report: Report, left: int) -> Iterator[str]:
     for i, row in enumerate(report.cosines):
         for j, cosine in enumerate(row):
             fade = round(255 * (1 - min(1.0, abs(cosine))))
-            colour = f"rgb(255,{fade},{fade})" if cosine > 0 else f"rgb({fade},{fade},255)"
+            color = f"rgb(255,{fade},{fade})" if cosine > 0 else f"rgb({fade},{fade},255)"
             box = f'x="{left + j * CELL}" y="{TOP + i * CELL}" width="{CELL - 1}" height="{CELL - 1}"'
-            yield f'<rect {box} fill="{colour}" stroke="#ddd"><title>{cosine:.3f}</title></rect>'
+            yield f'<rect {box} fill="{color}" stroke="#ddd"><title>{cosine:.3f}</title></rect>'
 
 
 def _draw_map(report: Report, left: int) -> Iterator[str]:
@@ -153,9 +153,9 @@ def _draw_map(report: Report, left: int) -> Iterator[str]:
     reach = float(np.abs(points).max()) or 1.0
     places = left + MAP / 2 + points[:, 0] / reach * MAP * 0.45, TOP + MAP / 2 - points[:, 1] / reach * MAP * 0.45
     for measure, number, x, y in zip(report.measures, numbers, places[0][:-1], places[1][:-1], strict=True):
-        colour = "#2c7fb8" if verdict(report, measure) == "ok" else "#c0392b"
+        color = "#2c7fb8" if verdict(report, measure) == "ok" else "#c0392b"
         title = f"<title>{escape(str(measure.revision))}</title>"
-        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.8">{title}</circle>'
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}" fill-opacity="0.8">{title}</circle>'
         yield _text(x + 7, y + 4, str(number), 'font-size="10"')
     x, y = places[0][-1], places[1][-1]
     yield f'<path d="M{x - 6:.1f} {y:.1f}h12M{x:.1f} {y - 6:.1f}v12" stroke="#222" stroke-width="2"/>'

@@ -79,7 +79,7 @@ def load_classifier(folder: Path, labels: tuple[str, ...], seed: int) -> Any:
     """The encoder in ``folder`` under a new head for ``labels`` (none: one number), in float32 on the CPU.
 
     safetensors only, no code from the folder. Encoder parameters that the folder lacks, or has in another shape,
-    raise `EvaluationError`: a randomly initialised encoder must not be scored as if it were the checkpoint.
+    raise `EvaluationError`: a randomly initialized encoder must not be scored as if it were the checkpoint.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -224,7 +224,7 @@ def _fit(
 
 
 def _optimizer(model: Any, training: Training) -> Any:
-    """AdamW; no decay on biases and normalisation, as `transformers.Trainer` does it."""
+    """AdamW; no decay on biases and normalization, as `transformers.Trainer` does it."""
     groups: dict[bool, list[Any]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

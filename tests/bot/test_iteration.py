@@ -336,7 +336,7 @@ def test_a_model_that_vanishes_between_crawl_and_download_is_left_out(
     assert [c.author for c in world.iterate().contributions] == ["alice", "bob"]
 
 
-def test_a_stop_is_honoured_between_two_steps(world: World) -> None:
+def test_a_stop_is_honored_between_two_steps(world: World) -> None:
     class Stop(FusionError):
         pass
 

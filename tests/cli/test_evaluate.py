@@ -120,7 +120,7 @@ def test_audit_of_an_honest_table_ends_well_and_of_a_wrong_one_does_not(place):
     write("model,a,b,c\n" + "".join(f"m{i},{a},{b},{c}\n" for i, (a, b, c) in enumerate(rows)))
     result = RUNNER.invoke(app, ["audit", str(place / "scores.csv"), "--out", str(place / "findings.json")])
     assert result.exit_code == 1
-    assert "b and its neighbour c are both 91.0000; fits when moved right from a" in result.output
+    assert "b and its neighbor c are both 91.0000; fits when moved right from a" in result.output
     assert '"kind": "shifted"' in (place / "findings.json").read_text()
 
 

@@ -79,7 +79,7 @@ def test_a_users_suite_is_read_from_toml_and_its_folders_are_beside_it(tmp_path)
     ("text", "message"),
     [
         ('name = "x"\ndatasets = []', "at least one dataset"),
-        ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\ncolour = "red"', "unknown key 'colour'"),
+        ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\ncolor = "red"', "unknown key 'color'"),
         ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\n[[datasets]]\nname = "a"\nrepo = "o/b"', "comes twice"),
         ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\nmetric = "bleu"', "must be one of accuracy"),
         ('name = "x"\n[[datasets]]\nname = "a"\nrepo = "o/a"\ntest = "train"', "also trained"),
@@ -137,7 +137,7 @@ def test_labels_become_ids_in_the_order_of_their_names():
     assert (data.train.labels, data.test.labels) == ((2, 1, 0), (2,))
 
 
-def test_class_names_are_kept_and_unlabelled_examples_are_dropped():
+def test_class_names_are_kept_and_unlabeled_examples_are_dropped():
     rows = table(train=[("a", 0), ("b", 1)], validation=[("c", -1), ("d", 1)], test=[("e", 0)])
     rows = rows.cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
     data = build_data(Dataset("x", "o/x", validation="validation"), "0" * 40, rows)

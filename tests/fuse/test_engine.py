@@ -12,7 +12,7 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import Progress, Settings, fuse
 from hubfusion.fuse.first_pass import grams
 from hubfusion.lineage import Input, Recipe, Revision
-from tests.checkpoints import TRUNK, family, load, recipe_of, save, trunk
+from tests.checkpoints import BACKBONE, backbone, family, load, recipe_of, save
 
 
 def plan(k: int, **fields) -> Recipe:
@@ -77,30 +77,30 @@ def test_float64_checkpoints_are_fused_in_float64(tmp_path):
 
 
 def test_finetunes_with_a_prefix_and_different_heads_are_fused_into_a_bare_base(tmp_path):
-    names = trunk(100)
+    names = backbone(100)
     base = save(tmp_path / "base", {**names, "embeddings.position_ids": np.arange(5)[None]})
     inputs = []
     for i, classes in enumerate((2, 3)):
         head = {"classifier.weight": np.ones((classes, 4), np.float32)}
-        inputs.append(save(tmp_path / str(i), {**trunk(i, shift=names, prefix="bert."), **head}))
+        inputs.append(save(tmp_path / str(i), {**backbone(i, shift=names, prefix="bert."), **head}))
     fused = average(base, inputs, tmp_path / "out")
     out = load(tmp_path / "out")
-    assert set(out) == {*TRUNK, "embeddings.position_ids"}
+    assert set(out) == {*BACKBONE, "embeddings.position_ids"}
     assert out["embeddings.position_ids"].tolist() == [[0, 1, 2, 3, 4]]
     assert fused.kept == ("embeddings.position_ids",)
     assert [i.dropped for i in fused.inputs] == [("classifier.weight",), ("classifier.weight",)]
-    for name in TRUNK:
+    for name in BACKBONE:
         models = [load(p)["bert." + name].astype(np.float64) for p in inputs]
         np.testing.assert_allclose(out[name], np.mean(models, axis=0), rtol=1.2e-7)
 
 
 def test_the_bases_pretraining_head_and_pooler_are_kept_when_an_input_lacks_them(tmp_path):
-    names = trunk(100)
+    names = backbone(100)
     extra = {"bert.pooler.dense.weight": np.full((4, 4), 3, np.float32), "cls.bias": np.full(9, 4, np.float32)}
     prefixed = {"bert." + n: v for n, v in names.items()}
     base = save(tmp_path / "base", {**prefixed, **extra}, model_type="bert")
-    one = save(tmp_path / "one", {**trunk(1, shift=names, prefix="bert."), **{n: v + 1 for n, v in extra.items()}})
-    two = save(tmp_path / "two", trunk(2, shift=names))
+    one = save(tmp_path / "one", {**backbone(1, shift=names, prefix="bert."), **{n: v + 1 for n, v in extra.items()}})
+    two = save(tmp_path / "two", backbone(2, shift=names))
     fused = average(base, [one, two], tmp_path / "out")
     out = load(tmp_path / "out")
     assert fused.kept == ("bert.pooler.dense.weight", "cls.bias")
@@ -111,9 +111,9 @@ def test_the_bases_pretraining_head_and_pooler_are_kept_when_an_input_lacks_them
 
 def test_a_task_head_of_the_base_is_never_fused(tmp_path):
     head = {"classifier.bias": np.zeros(2, np.float32)}
-    base = save(tmp_path / "base", {**trunk(100, prefix="bert."), **head}, model_type="bert")
-    one = save(tmp_path / "one", {**trunk(1, prefix="bert."), "classifier.bias": np.ones(2, np.float32)})
-    two = save(tmp_path / "two", {**trunk(2, prefix="bert."), "classifier.bias": np.ones(3, np.float32)})
+    base = save(tmp_path / "base", {**backbone(100, prefix="bert."), **head}, model_type="bert")
+    one = save(tmp_path / "one", {**backbone(1, prefix="bert."), "classifier.bias": np.ones(2, np.float32)})
+    two = save(tmp_path / "two", {**backbone(2, prefix="bert."), "classifier.bias": np.ones(3, np.float32)})
     fused = average(base, [one, two], tmp_path / "out")
     assert fused.kept == ("classifier.bias",) and load(tmp_path / "out")["classifier.bias"].tolist() == [0, 0]
 
@@ -145,7 +145,7 @@ def test_an_input_that_stores_a_tied_parameter_twice_is_accepted(tmp_path):
 
 
 def broken(change) -> dict[str, np.ndarray]:
-    tensors = trunk(1)
+    tensors = backbone(1)
     change(tensors)
     return tensors
 
@@ -170,7 +170,7 @@ def broken(change) -> dict[str, np.ndarray]:
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path, change, message):
-    base = save(tmp_path / "base", {**trunk(100), "position_ids": np.arange(3)})
+    base = save(tmp_path / "base", {**backbone(100), "position_ids": np.arange(3)})
     one = save(tmp_path / "one", broken(change))
     with pytest.raises(CheckpointError, match=message):
         average(base, [one], tmp_path / "out")
@@ -236,7 +236,7 @@ def test_progress_counts_every_entry_once(tmp_path):
     base, inputs = family(tmp_path, 2)
     events: list[Progress] = []
     fuse(plan(2), base, inputs, tmp_path / "out", on_event=events.append)
-    entries = sum(int(np.prod(s)) for s in TRUNK.values())
+    entries = sum(int(np.prod(s)) for s in BACKBONE.values())
     assert [e.done for e in events] == sorted(e.done for e in events)
     assert events[-1] == Progress(entries, entries)
 

@@ -23,10 +23,10 @@ from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.methods.kinds import add_up
 from hubfusion.hub import Kind, OnBytes
 from hubfusion.lineage import Recipe, RemoteFile, Revision
-from tests.checkpoints import load, recipe_of, save, trunk
+from tests.checkpoints import backbone, load, recipe_of, save
 from tests.fake_hub import FakeHub
 
-BASE = trunk(100)
+BASE = backbone(100)
 IDS = tuple(f"ann/m{i}" for i in range(1, 9))
 
 
@@ -92,13 +92,13 @@ def publish(hub: FakeHub, place: Path, dtype: str = "float32") -> tuple[Path, li
     extra = {"pooler.dense.weight": np.eye(4), "pooler.dense.bias": np.ones(4)}
     positions = {"embeddings.position_ids": np.arange(5)}
     extra = {n: v.astype(np.dtype(dtype)) for n, v in extra.items()}
-    base = save(place / "base", trunk(100, dtype) | extra | positions)
+    base = save(place / "base", backbone(100, dtype) | extra | positions)
     save_file({f"momentum.{n}": np.ones(v.shape, np.float32) for n, v in BASE.items()}, base / "outer.safetensors")
     (base / "config.json").write_text('{"model_type": "bert"}')
     folders = []
     for i, name in enumerate(IDS, 1):
         moved = {n: (v * 1.5).astype(v.dtype) for n, v in extra.items()}
-        whole = trunk(i, dtype, shift=BASE) | moved | positions
+        whole = backbone(i, dtype, shift=BASE) | moved | positions
         folder = place / f"up{i}"
         if i == 2:
             whole = {f"bert.{n}": v for n, v in whole.items()}
@@ -206,7 +206,7 @@ def test_the_sum_is_what_an_independent_mean_says(hub, tmp_path):
 
 def test_one_wide_input_that_comes_last_makes_the_whole_sum_wide(hub, tmp_path):
     publish(hub, tmp_path)
-    push(hub, "zoe/wide", save(tmp_path / "wide", trunk(9, "float64", shift=BASE)))
+    push(hub, "zoe/wide", save(tmp_path / "wide", backbone(9, "float64", shift=BASE)))
     given = recipe("zoe/wide", *IDS)
     on_arrival(given, tmp_path / "one by one")
     all_there(given, tmp_path / "together")
@@ -215,7 +215,7 @@ def test_one_wide_input_that_comes_last_makes_the_whole_sum_wide(hub, tmp_path):
 
 def test_at_most_four_inputs_and_the_sum_lie_on_the_disk(hub, tmp_path):
     for i, name in enumerate(("ann/base", *IDS)):
-        tensors = trunk(i, shift=BASE if i else None) | {"big": np.full(50_000, float(i), np.float32)}
+        tensors = backbone(i, shift=BASE if i else None) | {"big": np.full(50_000, float(i), np.float32)}
         push(hub, name, save(tmp_path / f"up{i}", tensors))
     on_arrival(recipe(*IDS), tmp_path / "out", lambda event: hub.look())
     size = (tmp_path / "up1" / "model.safetensors").stat().st_size
@@ -271,7 +271,7 @@ def test_bytes_are_counted_to_the_end(hub, tmp_path):
 def arrives_badly(hub: WatchedHub, tmp_path: Path, error: type[Exception], match: str) -> list[Progress]:
     """Fuse into a folder with an older checkpoint; nothing of it changes, and nothing fetched stays."""
     events: list[Progress] = []
-    older = contents(save(tmp_path / "out", trunk(50)))
+    older = contents(save(tmp_path / "out", backbone(50)))
     with pytest.raises(error, match=match):
         on_arrival(recipe(*IDS), tmp_path / "out", events.append)
     assert contents(tmp_path / "out") == older
@@ -291,7 +291,7 @@ def arrives_badly(hub: WatchedHub, tmp_path: Path, error: type[Exception], match
 )
 def test_a_misfit_is_named_before_anything_is_added(hub, tmp_path, change, match):
     publish(hub, tmp_path)
-    tensors = {n: v for n, v in (trunk(7, shift=BASE) | change).items() if v is not None}
+    tensors = {n: v for n, v in (backbone(7, shift=BASE) | change).items() if v is not None}
     push(hub, "ann/m7", save(tmp_path / "misfit", tensors))
     assert arrives_badly(hub, tmp_path, CheckpointError, match) == []
     assert "ann/m7" not in hub.downloaded
@@ -299,7 +299,7 @@ def test_a_misfit_is_named_before_anything_is_added(hub, tmp_path, change, match
 
 def test_an_input_that_is_not_finite_is_named_with_its_entry(hub, tmp_path):
     publish(hub, tmp_path)
-    tensors = trunk(7, shift=BASE)
+    tensors = backbone(7, shift=BASE)
     tensors["encoder.layer.0.dense.weight"][2, 1] = np.nan
     push(hub, "ann/m7", save(tmp_path / "nan", tensors))
     assert arrives_badly(hub, tmp_path, CheckpointError, "m7@.*layer.0.dense.weight: entry 9 minus the base's is nan")
@@ -308,7 +308,7 @@ def test_an_input_that_is_not_finite_is_named_with_its_entry(hub, tmp_path):
 def test_a_sum_that_overflows_names_the_parameter(hub, tmp_path):
     publish(hub, tmp_path)
     for name in ("ann/m1", "ann/m7"):
-        tensors = trunk(7, shift=BASE)
+        tensors = backbone(7, shift=BASE)
         tensors["encoder.layer.0.dense.bias"][3] = 3e38
         push(hub, name, save(tmp_path / f"huge {name[-1]}", tensors))
     assert arrives_badly(hub, tmp_path, CheckpointError, "layer.0.dense.bias: entry 3 would be inf in F32")

@@ -20,9 +20,9 @@ from hubfusion.fuse.inputs import fetched
 from hubfusion.lineage import Recipe
 from hubfusion.localhub import LocalHub
 from hubfusion.localhub.faults import Fault, FaultRequest
-from tests.checkpoints import load, recipe_of, save, trunk
+from tests.checkpoints import backbone, load, recipe_of, save
 
-BASE = trunk(100)
+BASE = backbone(100)
 
 
 def run(*arguments: object) -> int:
@@ -60,7 +60,7 @@ def served(tmp_path_factory) -> Iterator[tuple[LocalHub, Requests, Path]]:
     with LocalHub(place / "hub", {"ann": "hf_ann"}, faults=requests).start() as hub:
         api = HfApi(endpoint=hub.endpoint, token="hf_ann")
         for i in range(7):
-            folder = save(place / f"up{i}", trunk(i, shift=BASE, prefix="bert.") if i else BASE)
+            folder = save(place / f"up{i}", backbone(i, shift=BASE, prefix="bert.") if i else BASE)
             (folder / "config.json").write_text("{}")
             (folder / "evil.py").write_text("")
             save_file({n: np.ones_like(v) for n, v in BASE.items()}, folder / "fisher.safetensors")
@@ -176,12 +176,12 @@ def test_an_index_is_followed_and_a_single_file_is_preferred_to_it(hub, tmp_path
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=hub.endpoint, token="hf_ann")
-    sharded = save(tmp_path / "sharded", trunk(8, shift=BASE), shards=2)
+    sharded = save(tmp_path / "sharded", backbone(8, shift=BASE), shards=2)
     api.create_repo("ann/sharded")
     api.upload_folder(repo_id="ann/sharded", folder_path=sharded)
     with fetched(recipe("ann/sharded"), hub.endpoint, None) as found:
         assert {p.name for p in found.inputs[0].iterdir()} == {p.name for p in sharded.iterdir()}
-    api.upload_folder(repo_id="ann/sharded", folder_path=save(tmp_path / "single", trunk(8, shift=BASE)))
+    api.upload_folder(repo_id="ann/sharded", folder_path=save(tmp_path / "single", backbone(8, shift=BASE)))
     with fetched(recipe("ann/sharded"), hub.endpoint, None) as found:
         assert [p.name for p in Path(found.inputs[0]).iterdir()] == ["model.safetensors"]
 

@@ -21,7 +21,7 @@ ORGS = {"ibm": ["ibm-bot"]}
 
 @dataclass
 class World:
-    """A running Hub with clients for ann, bob, the bot of an organisation, and nobody."""
+    """A running Hub with clients for ann, bob, the bot of an organization, and nobody."""
 
     hub: LocalHub
     ann: HfApi

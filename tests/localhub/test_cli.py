@@ -15,7 +15,7 @@ from hubfusion.cli import main
         (["--user", "ann"], "--user ann: must be NAME:TOKEN"),
         (["--user", "ann:hf_a", "--user", "ann:hf_b"], "--user ann: given twice"),
         (["--user", "ann:hf_a", "--org", "ibm"], "--org ibm: must be ORG:USER"),
-        (["--user", "ann:hf_a", "--org", "ibm:bob"], "organisation ibm: no user bob"),
+        (["--user", "ann:hf_a", "--org", "ibm:bob"], "organization ibm: no user bob"),
         (["--user", "ann:hf_a", "--host", "0.0.0.0"], "host 0.0.0.0: only loopback"),
     ],
 )

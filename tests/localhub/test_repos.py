@@ -15,7 +15,7 @@ def status(error: pytest.ExceptionInfo[HfHubHTTPError]) -> int:
     return int(error.value.response.status_code)
 
 
-def test_whoami_names_the_user_and_the_organisations(world: World) -> None:
+def test_whoami_names_the_user_and_the_organizations(world: World) -> None:
     me = world.bot.whoami()
     assert (me["name"], me["type"], [org["name"] for org in me["orgs"]]) == ("ibm-bot", "user", ["ibm"])
 
@@ -45,7 +45,7 @@ def test_making_a_repository_twice_is_a_conflict_unless_that_is_ok(world: World)
     assert status(error) == 409
 
 
-def test_only_members_make_repositories_of_an_organisation(world: World) -> None:
+def test_only_members_make_repositories_of_an_organization(world: World) -> None:
     world.bot.create_repo("ibm/base")
     world.bot.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="ibm/base")
     for stranger in (world.ann, world.anon):

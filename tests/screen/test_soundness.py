@@ -216,7 +216,7 @@ def test_biases_alone_and_the_upper_layer_alone_are_fine_and_named(batch: Batch)
     batch.add({k: whole[k] if "LayerNorm" in k else v for k, v in frozen.items()})
     batch.add({k: whole[k] if "embeddings" in k else v for k, v in frozen.items()})
     report = batch.examine(bounds=Bounds(copy=1.1, claim=1.1))
-    kinds = ["biases only", "layers 1 only", "normalisation only", "embeddings only"]
+    kinds = ["biases only", "layers 1 only", "normalization only", "embeddings only"]
     assert [m.kind for m in report.measures] == kinds
     assert report.rejected == ()
 

@@ -23,7 +23,7 @@ def test_the_rate_and_the_mean_are_those_asked_for(rate: float) -> None:
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)), rtol=1e-4, atol=0)
 
 
-def test_neighbours_and_rows_drop_independently() -> None:
+def test_neighbors_and_rows_drop_independently() -> None:
     dropped = Masks(0).draw((1000, 1000), 0.5).numpy() == 0
     for other in (np.roll(dropped, 1, axis=1), np.roll(dropped, 4, axis=1), np.roll(dropped, 1, axis=0)):
         assert abs(np.corrcoef(dropped.ravel(), other.ravel())[0, 1]) < 0.005

@@ -108,13 +108,13 @@ def karcher(
     gram: Any | None = None,
     base: Array | None = None,
 ) -> Array:
-    """Karcher mean: the weighted centre of the models' directions on the sphere, each parameter alone.
+    """Karcher mean: the weighted center of the models' directions on the sphere, each parameter alone.
 
     u_i = θ_i / |θ_i|; u is where Σ α_i log_u(u_i) = 0; θ = (Σ α_i |θ_i|) u with Σ α_i = 1; δ = θ − θ_base
 
-    Paper: Karcher 1977 (Riemannian center of mass); common practice for models. ``space="deltas"`` takes the centre
+    Paper: Karcher 1977 (Riemannian center of mass); common practice for models. ``space="deltas"`` takes the center
     of the deltas instead. Departures: iterated until the steps stop shrinking rather than for ten steps; models that
-    are zero count for the length and not for the direction; where a model is exactly opposite to the centre, which
+    are zero count for the length and not for the direction; where a model is exactly opposite to the center, which
     then does not exist, the weighted mean is taken. ``gram`` (k, k) and ``base`` are of the space, as in `slerp`.
 
     >>> karcher(np.asarray([[2.0, 0.0], [0.0, 4.0]]), [1, 1]).round(4).tolist()
@@ -128,15 +128,15 @@ def karcher(
         return _combine(deltas, shares.tolist(), base)
     units = gram / np.outer(np.where(norms > 0, norms, 1.0), np.where(norms > 0, norms, 1.0))
     alphas = np.where(norms > 0, shares, 0.0)
-    direction = _centre(units, alphas / alphas.sum())
+    direction = _center(units, alphas / alphas.sum())
     if direction is None:
         return _combine(deltas, shares.tolist(), base)
     factors = float(shares @ norms) * direction / np.where(norms > 0, norms, 1.0)
     return _combine(deltas, factors.tolist(), base)
 
 
-def _centre(units: Any, alphas: Any) -> Any | None:
-    """Karcher mean of unit vectors with Gram matrix ``units``, as coefficients of those vectors; None: no centre."""
+def _center(units: Any, alphas: Any) -> Any | None:
+    """Karcher mean of unit vectors with Gram matrix ``units``, as coefficients of those vectors; None: no center."""
     point, last = alphas, math.inf
     for _ in range(MAX_STEPS):
         length = _length(units, point)

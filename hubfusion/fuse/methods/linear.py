@@ -31,7 +31,7 @@ def average(
     Paper: ColD Fusion, arXiv 2212.01378 (uniform α). Departures: the paper averages parameters, this averages
     deltas to the base; the two are the same number, but deltas are small, so their float32 sum loses nothing that the
     rounding of the result would show. ``norm="clip"`` shortens deltas to at most the median norm before it (f_i =
-    min(1, median / |τ_i|), the cheapest good defence against boosted updates), "equal" scales all to it. ``norms``
+    min(1, median / |τ_i|), the cheapest good defense against boosted updates), "equal" scales all to it. ``norms``
     (k,) are over the whole model. Coefficients must have a positive sum; raises `RecipeError` otherwise.
 
     >>> average(np.asarray([[1.0, 0.0], [5.0, 2.0]]), [1, 3]).tolist()

@@ -142,7 +142,7 @@ def multi_krum(
     norm: str = "equal",
     gram: Any | None = None,
 ) -> Array:
-    """Multi-Krum: average the inputs whose nearest neighbours are nearest, over the whole model.
+    """Multi-Krum: average the inputs whose nearest neighbors are nearest, over the whole model.
 
     score_i = Σ of the k − f − 2 smallest |τ_i − τ_j|², j ≠ i; δ = Σ α_i τ_i / Σ α_i over the ``keep`` smallest scores
 

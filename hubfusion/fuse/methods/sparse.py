@@ -220,7 +220,7 @@ def della(
 
     Paper: DELLA-Merging (MagPrune), arXiv 2406.11617. Departures: the ½ makes the mean keep probability exactly
     ``density``; p_r is rounded to a multiple of 2^-16 (at least one); magnitudes are ranked by their first 9
-    significant bits, equal ones by position (four times as fast as an exact sort, and p_r of neighbours differs by
+    significant bits, equal ones by position (four times as fast as an exact sort, and p_r of neighbors differs by
     ε / n only); a row's draws belong to its ranks, not to its entries; a row is the last axis, a parameter of one axis
     is one row.
     Density in (0, 1] and 0 ≤ ε ≤ 2 min(density, 1 − density).

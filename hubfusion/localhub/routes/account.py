@@ -18,7 +18,7 @@ routes = Routes()
 
 @routes.add("GET", "/api/whoami-v2")
 def whoami(call: Call) -> Response:
-    """The user of the token, and the user's organisations."""
+    """The user of the token, and the user's organizations."""
     user = call.require_user()
     accounts = call.hub.accounts
     orgs = [accounts.avatar(name, call.base) for name in accounts.namespaces(user)[1:]]
@@ -40,7 +40,7 @@ def whoami(call: Call) -> Response:
 @routes.add("GET", "/api/users/{user}/overview")
 @routes.add("GET", "/api/organizations/{user}/overview")
 def overview(call: Call) -> Response:
-    """A user or organisation with the number of its public repositories."""
+    """A user or organization with the number of its public repositories."""
     name, hub = call.params["user"], call.hub
     if not hub.accounts.exists(name):
         raise Refusal(404, f"User {name[:100]} not found")
@@ -56,7 +56,7 @@ def overview(call: Call) -> Response:
 
 @routes.add("GET", "/api/organizations/{org}/members")
 def members(call: Call) -> Response:
-    """The users that may write to an organisation."""
+    """The users that may write to an organization."""
     names = call.hub.accounts.orgs.get(call.params["org"])
     if names is None:
         raise Refusal(404, f"Organization {call.params['org'][:100]} not found")
