@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from hubfusion.data.suite import load_suite
-from hubfusion.evaluate.audit import Kind, Table, audit, read_table
+from hubfusion.evaluate.audit import FindingKind, Table, audit, read_table
 
 TINY = ("cb", "copa", "rte")
 
@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-WRONG = (Kind.SHIFTED, Kind.COPIED, Kind.OFF_GRID)
+WRONG = (FindingKind.SHIFTED, FindingKind.COPIED, FindingKind.OFF_GRID)
 
 
 def audit_published(folder: Path) -> tuple[Table, set[int]]:
@@ -36,10 +36,10 @@ def audit_published(folder: Path) -> tuple[Table, set[int]]:
     table = read_table(folder / "models_tested.csv", [d.name for d in datasets])
     findings = audit(table, sizes)
     tested = int((~np.isnan(table.values).any(axis=1)).sum())
-    for kind in Kind:
+    for kind in FindingKind:
         rows = {f.row for f in findings if f.kind is kind}
         print(f"{kind}: {len(rows)} rows of {len(table.models)} ({tested} fully tested)")
-    ends = {f.row for f in findings if f.kind is Kind.SHIFTED and f.datasets == ("esnli", "anli")}
+    ends = {f.row for f in findings if f.kind is FindingKind.SHIFTED and f.datasets == ("esnli", "anli")}
     fits = {f.row for f in findings if f.row in ends and f.realignment is not None}
     wrong = {f.row for f in findings if f.kind in WRONG}
     print(

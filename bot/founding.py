@@ -10,7 +10,7 @@ from markupsafe import Markup
 from bot.iteration import Run
 from bot.ledger import FILE as LEDGER_FILE
 from hubfusion.errors import FusionError, NotFound
-from hubfusion.hub import Change, Hub, Kind
+from hubfusion.hub import Change, Hub, RepoKind
 from hubfusion.hub.cards import TAG
 from hubfusion.lineage import REPO_ID, Revision
 from hubfusion.release.card import merge_metadata, render
@@ -39,9 +39,9 @@ def found_base(run: Run, model: str, license: str | None, language: str | None) 
         "configs": [{"config_name": "default", "data_files": LEDGER_FILE}],
     }
     page = render("ledger.md.j2", matter, base=config.base, endpoint=hub.endpoint)
-    _begin(run, config.ledger, Kind.DATASET, {"README.md": page.encode(), LEDGER_FILE: b""}, "begin the ledger")
+    _begin(run, config.ledger, RepoKind.DATASET, {"README.md": page.encode(), LEDGER_FILE: b""}, "begin the ledger")
     begun = f"---\npretty_name: Ranking of {config.base}\n---\n# Ranking of {config.base}\n"
-    _begin(run, config.ranking, Kind.DATASET, {"README.md": begun.encode()}, "begin the ranking")
+    _begin(run, config.ranking, RepoKind.DATASET, {"README.md": begun.encode()}, "begin the ranking")
     hub.create(config.base)
     tags = hub.tags(config.base)
     if "v0" in tags:
@@ -56,14 +56,14 @@ def found_base(run: Run, model: str, license: str | None, language: str | None) 
     return Revision(config.base, sha)
 
 
-def _begin(run: Run, repo: str, kind: Kind, files: dict[str, bytes | Path], title: str) -> None:
+def _begin(run: Run, repo: str, kind: RepoKind, files: dict[str, bytes | Path], title: str) -> None:
     run.hub.create(repo, kind)
     head = run.hub.resolve(repo, kind=kind)
     if not _has(run.hub, head, "README.md", kind):
         run.hub.commit(repo, Change(title, head.sha, f"{run.nonce}-{repo}", files), kind)
 
 
-def _has(hub: Hub, revision: Revision, path: str, kind: Kind = Kind.MODEL) -> bool:
+def _has(hub: Hub, revision: Revision, path: str, kind: RepoKind = RepoKind.MODEL) -> bool:
     try:
         hub.read(revision, path, stop=1, kind=kind)
     except NotFound:

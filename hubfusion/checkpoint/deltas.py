@@ -96,7 +96,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Finetuned:
+class FinetunedSource:
     """A whole finetuned checkpoint as a `Source`."""
 
     checkpoint: Checkpoint
@@ -304,9 +304,9 @@ def open_source(given: Path | Checkpoint | Source, base: Checkpoint, backbone: B
             yield _matched(checkpoint, base, backbone)
 
 
-def _matched(checkpoint: Checkpoint, base: Checkpoint, backbone: Backbone) -> Finetuned:
+def _matched(checkpoint: Checkpoint, base: Checkpoint, backbone: Backbone) -> FinetunedSource:
     try:
-        return Finetuned(checkpoint, match(backbone, base.parameters, checkpoint.parameters))
+        return FinetunedSource(checkpoint, match(backbone, base.parameters, checkpoint.parameters))
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 

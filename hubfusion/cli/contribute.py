@@ -53,7 +53,7 @@ def contribute(
     Example: hubfusion contribute --base ibm/ColD-Fusion --dataset me/reviews --repo me/model --license apache-2.0
     """
     from hubfusion.cli.progress import bar
-    from hubfusion.contribute import Job
+    from hubfusion.contribute import FinetunePlan
     from hubfusion.contribute import contribute as offer
     from hubfusion.data.suite import Dataset
     from hubfusion.train import Training
@@ -68,7 +68,7 @@ def contribute(
             _hub(),
             repo,
             base,
-            Job(source, training, license, examples),
+            FinetunePlan(source, training, license, examples),
             work,
             uuid.uuid4().hex,
             lambda event: tell(event.done, event.total),

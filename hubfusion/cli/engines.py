@@ -48,7 +48,7 @@ AtOnce = Annotated[int, typer.Option("--jobs-at-once", min=1, help="Jobs: how ma
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class EngineOptions:
     """The options of the engines, as they were given."""
 
     engine: EngineName
@@ -61,7 +61,7 @@ class Settings:
     at_once: int
 
 
-def choose_engine(model: Model, results: str | None, settings: Settings) -> Engine:
+def choose_engine(model: Model, results: str | None, settings: EngineOptions) -> Engine:
     """The engine that was asked for; the model's files are fetched when it is first used, by jobs not at all."""
     if settings.engine is EngineName.JOBS:
         return _choose_jobs(results, settings)
@@ -80,13 +80,13 @@ def _here(model: Model) -> Engine:
     return lambda units: measure_here(model.folder(), units)
 
 
-def _choose_jobs(results: str | None, settings: Settings) -> Engine:
-    from hubfusion.evaluate.engines.jobs import UV, UV_IMAGE, Jobs
+def _choose_jobs(results: str | None, settings: EngineOptions) -> Engine:
+    from hubfusion.evaluate.engines.jobs import UV, UV_IMAGE, HubJobs
 
     if results is None:
         raise EvaluationError("--engine jobs needs --results OWNER/NAME, where the jobs write")
     hub = open_hub()
-    jobs = Jobs(
+    jobs = HubJobs(
         hub,
         results,
         settings.namespace or hub.whoami(),

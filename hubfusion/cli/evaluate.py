@@ -12,13 +12,13 @@ from hubfusion.cli.engines import (
     AtOnce,
     EngineName,
     EngineOption,
+    EngineOptions,
     Flavor,
     Gpus,
     Image,
     Namespace,
     PerWorker,
     RayAddress,
-    Settings,
     choose_engine,
     sharing,
     tell,
@@ -98,7 +98,9 @@ def evaluate(
     from hubfusion.evaluate.units import plan_units, score_units
 
     chosen, recipe = load_suite(suite), _protocols(protocol, recipes)
-    settings = Settings(engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once)
+    settings = EngineOptions(
+        engine, units_per_worker, ray_address, gpus_per_unit, flavor, image, namespace, jobs_at_once
+    )
     found, place = find_model(model), store or cache() / "scores"
     missing = choose_engine(found, results, settings)
     units = plan_units(found.key, chosen, recipe, _seeds(seeds))
@@ -184,14 +186,14 @@ def audit(
     """
     from hubfusion.codec import dumps
     from hubfusion.data.suite import load_suite
-    from hubfusion.evaluate.audit import Kind, read_table
+    from hubfusion.evaluate.audit import FindingKind, read_table
     from hubfusion.evaluate.audit import audit as examine
 
     datasets = load_suite(suite).datasets
     sizes = {d.name: d.test_size for d in datasets if d.test_size is not None and d.metric.value == "accuracy"}
     read = read_table(table, [d.name for d in datasets])
     findings = examine(read, sizes)
-    for kind in Kind:
+    for kind in FindingKind:
         mine = [f for f in findings if f.kind is kind]
         typer.echo(f"{kind}: {len({f.row for f in mine})} of {len(read.models)} rows")
         for finding in mine[:show]:
@@ -224,12 +226,12 @@ def recommend(
     from rich.table import Table
 
     from hubfusion.data.suite import load_suite
-    from hubfusion.evaluate.recommend import Checkpoint, own_dataset
+    from hubfusion.evaluate.recommend import KnownModel, own_dataset
     from hubfusion.evaluate.recommend import recommend as rank
 
     probe, finetune = _protocols("linear-probing,finetune", recipes)
     own = own_dataset(data, text.split(","), label) if data else None
-    known = [Checkpoint(m.key, m.folder()) for m in map(find_model, models)]
+    known = [KnownModel(m.key, m.folder()) for m in map(find_model, models)]
     found = rank(
         known,
         load_suite(suite),

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from hubfusion.contribute.offer import Contributed, Job, Offer, contribute, offer_metadata, tag, with_metadata
+from hubfusion.contribute.offer import (
+    FinetunePlan,
+    Offer,
+    PushedContribution,
+    contribute,
+    offer_metadata,
+    tag,
+    with_metadata,
+)
 
-__all__ = ["Contributed", "Job", "Offer", "contribute", "offer_metadata", "tag", "with_metadata"]
+__all__ = ["PushedContribution", "FinetunePlan", "Offer", "contribute", "offer_metadata", "tag", "with_metadata"]

@@ -24,9 +24,9 @@ from hubfusion.release.publish import WEIGHTS, Release, current_release, fetch_r
 from hubfusion.train import Training
 
 if TYPE_CHECKING:
-    from hubfusion.train.finetune import Finetuned, Progress
+    from hubfusion.train.finetune import TrainedModel, TrainingProgress
 
-    OnProgress = Callable[[Progress], None]
+    OnProgress = Callable[[TrainingProgress], None]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class FinetunePlan:
     """What to finetune on and how; ``examples`` are drawn by the training's seed, None takes all."""
 
     dataset: Dataset
@@ -114,18 +114,18 @@ def tag(hub: Hub, repo: str, offer: Offer, nonce: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Contributed:
+class PushedContribution:
     """A contribution on the Hub: its commit, the version it started from, and how the finetune went."""
 
     revision: Revision
     version: str
-    finetuned: Finetuned
+    finetuned: TrainedModel
 
 
 def contribute(
-    hub: Hub, repo: str, base: str, job: Job, work: Path, nonce: str, on_progress: OnProgress | None = None
-) -> Contributed:
-    """Finetune the current version of ``base`` as ``job`` says and push the result to ``repo`` with its metadata.
+    hub: Hub, repo: str, base: str, plan: FinetunePlan, work: Path, nonce: str, on_progress: OnProgress | None = None
+) -> PushedContribution:
+    """Finetune the current version of ``base`` as ``plan`` says and push the result to ``repo`` with its metadata.
 
     ``work`` keeps the base between runs; a finetune of an earlier run in it is replaced. Raises `FusionError` before
     anything is trained when the base, the dataset or the right to write to ``repo`` is missing.
@@ -135,29 +135,31 @@ def contribute(
     hub.create(repo)
     release = current_release(hub, base)
     folder = fetch_release(hub, release, work / "base")
-    data = load(job.dataset)
-    if job.examples is not None:
-        data = replace(data, train=data.train.take(draw(data.train, job.training.seed, job.examples)))
-    log.info("contribute: %d examples of %s on %s %s", len(data.train), job.dataset.repo, base, release.version)
+    data = load(plan.dataset)
+    if plan.examples is not None:
+        data = replace(data, train=data.train.take(draw(data.train, plan.training.seed, plan.examples)))
+    log.info("contribute: %d examples of %s on %s %s", len(data.train), plan.dataset.repo, base, release.version)
     shutil.rmtree(work / "model", ignore_errors=True)
-    tuned = finetune(folder, data, job.training, work / "model", on_progress)
-    revisions = {job.dataset.repo: data.sha}
-    offer = Offer(release.revision, job.license, (job.dataset.repo,), tuned.examples, revisions)
+    tuned = finetune(folder, data, plan.training, work / "model", on_progress)
+    revisions = {plan.dataset.repo: data.sha}
+    offer = Offer(release.revision, plan.license, (plan.dataset.repo,), tuned.examples, revisions)
     head = hub.resolve(repo)
     files: dict[str, bytes | Path] = {path.name: path for path in sorted(tuned.folder.iterdir())}
-    files["README.md"] = _card(hub, repo, release, offer, job, (tuned, len(data.test))).encode()
+    files["README.md"] = _card(hub, repo, release, offer, plan, (tuned, len(data.test))).encode()
     stale = [f.path for f in hub.files(head) if WEIGHTS.fullmatch(f.path) and f.path not in files]
     sha = hub.commit(repo, Change(f"Finetune {base} {release.version}", head.sha, nonce, files, stale))
-    return Contributed(Revision(repo, sha), release.version, tuned)
+    return PushedContribution(Revision(repo, sha), release.version, tuned)
 
 
-def _card(hub: Hub, repo: str, release: Release, offer: Offer, job: Job, done: tuple[Finetuned, int]) -> str:
+def _card(
+    hub: Hub, repo: str, release: Release, offer: Offer, plan: FinetunePlan, done: tuple[TrainedModel, int]
+) -> str:
     """The contribution's card; scores stand in the metadata as a model-index, too."""
     tuned, test_examples = done
     value = round(tuned.test, 4)
     result = {
         "task": {"type": "text-classification"},
-        "dataset": {"type": job.dataset.repo, "name": job.dataset.repo, "split": job.dataset.test},
+        "dataset": {"type": plan.dataset.repo, "name": plan.dataset.repo, "split": plan.dataset.test},
         "metrics": [{"type": str(tuned.metric), "value": value}],
     }
     metadata = offer_metadata(offer) | {
@@ -166,7 +168,7 @@ def _card(hub: Hub, repo: str, release: Release, offer: Offer, job: Job, done: t
         "metrics": [str(tuned.metric)],
         "model-index": [{"name": repo.split("/")[1], "results": [result]}],
     }
-    t = job.training
+    t = plan.training
     return render(
         "contribution.md.j2",
         metadata,
@@ -174,12 +176,12 @@ def _card(hub: Hub, repo: str, release: Release, offer: Offer, job: Job, done: t
         base=offer.base.repo,
         base_version=release.version,
         base_sha=offer.base.sha,
-        dataset=job.dataset.repo,
-        dataset_sha=offer.dataset_revisions[job.dataset.repo],
+        dataset=plan.dataset.repo,
+        dataset_sha=offer.dataset_revisions[plan.dataset.repo],
         examples=tuned.examples,
         seed=t.seed,
         metric=tuned.metric,
-        split=job.dataset.test,
+        split=plan.dataset.test,
         test_examples=test_examples,
         score=tuned.test,
         training=f"AdamW, learning rate {t.learning_rate:g}, batches of {t.batch_size}, {t.epochs} epochs, "

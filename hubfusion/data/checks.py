@@ -12,7 +12,7 @@ from hubfusion.errors import EvaluationError
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DataReport:
     """What one dataset looks like. Shares are percent; ``majority`` is what the most frequent training label scores.
 
     ``repeated`` counts training examples whose text came before, ``contradicted`` those among them with another
@@ -48,7 +48,7 @@ def fingerprints(split: Split) -> list[str]:
     return [" ".join(f"{a} {b}".casefold().split()) for a, b in zip(split.first, second, strict=True)]
 
 
-def inspect(data: Data) -> Report:
+def inspect(data: Data) -> DataReport:
     """Report on one dataset that was read."""
     train, test = fingerprints(data.train), fingerprints(data.test)
     first: dict[str, int | float] = {}
@@ -66,7 +66,7 @@ def inspect(data: Data) -> Report:
         majority = 100 * sum(y == most for y in data.test.labels) / len(data.test)
     sizes = (len(data.train), len(data.validation), len(data.test))
     problems = tuple(_problems(data, leaked, contradicted))
-    return Report(
+    return DataReport(
         data.dataset.name, data.sha, *sizes, len(data.labels), majority, repeated, contradicted, leaked, problems
     )
 
@@ -91,7 +91,7 @@ def _problems(data: Data, leaked: int, contradicted: int) -> Iterator[str]:
         yield f"{blank} test texts are empty"
 
 
-def check_suite(suite: Suite) -> Iterator[tuple[Report, Data | None]]:
+def check_suite(suite: Suite) -> Iterator[tuple[DataReport, Data | None]]:
     """Read each dataset and report; one that cannot be read is a report with its problem, and the others go on."""
     for dataset in suite.datasets:
         try:
@@ -102,8 +102,8 @@ def check_suite(suite: Suite) -> Iterator[tuple[Report, Data | None]]:
             yield inspect(data), data
 
 
-def _unread(dataset: Dataset, problem: str) -> Report:
-    return Report(dataset.name, "", 0, 0, 0, 0, 0.0, 0, 0, 0, (problem,))
+def _unread(dataset: Dataset, problem: str) -> DataReport:
+    return DataReport(dataset.name, "", 0, 0, 0, 0, 0.0, 0, 0, 0, (problem,))
 
 
 def find_contamination(tests: Mapping[str, Split], trains: Mapping[str, Split]) -> list[Contamination]:

@@ -29,7 +29,7 @@ FAR = 10.0  # one wild value must not outvote the others
 FITS, BETTER = 2.0, 0.5  # mean distance that counts as fitting, and how much smaller it must have become
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """What is wrong with a row."""
 
     SHIFTED = "shifted"
@@ -70,7 +70,7 @@ class Finding:
 
     row: int
     model: str
-    kind: Kind
+    kind: FindingKind
     datasets: tuple[str, ...]
     detail: str
     realignment: Realignment | None = None
@@ -123,13 +123,15 @@ def audit(table: Table, sizes: Mapping[str, int] | None = None) -> list[Finding]
     for row, model in enumerate(table.models):
         values = table.values[row]
         if model in seen:
-            findings.append(Finding(row, model, Kind.REPEATED, (), f"is also row {seen[model]}"))
+            findings.append(Finding(row, model, FindingKind.REPEATED, (), f"is also row {seen[model]}"))
         seen.setdefault(model, row)
         present = ~np.isnan(values)
         if not present.any():
             continue
         if missing := [d for d, p in zip(table.datasets, present, strict=True) if not p]:
-            findings.append(Finding(row, model, Kind.INCOMPLETE, tuple(missing), f"{len(missing)} scores are missing"))
+            findings.append(
+                Finding(row, model, FindingKind.INCOMPLETE, tuple(missing), f"{len(missing)} scores are missing")
+            )
         findings += _copies(table, row, sizes, bands[table.groups[row]])
         findings += _off_grid(table, row, sizes)
         findings += _implausible(table, row, bands[table.groups[row]])
@@ -171,10 +173,10 @@ def _copies(table: Table, row: int, sizes: Mapping[str, int], band: tuple[Array,
                     else "no single shift makes it fit"
                 )
                 detail = f"{names[i]} and its neighbor {names[j]} are both {values[i]:.4f}; {how}"
-                findings.append(Finding(row, model, Kind.SHIFTED, (names[i], names[j]), detail, realignment))
+                findings.append(Finding(row, model, FindingKind.SHIFTED, (names[i], names[j]), detail, realignment))
             else:
                 detail = f"{names[i]} and {names[j]} are both {values[i]:.4f}"
-                findings.append(Finding(row, model, Kind.COPIED, (names[i], names[j]), detail))
+                findings.append(Finding(row, model, FindingKind.COPIED, (names[i], names[j]), detail))
     return findings
 
 
@@ -218,7 +220,7 @@ def _off_grid(table: Table, row: int, sizes: Mapping[str, int]) -> list[Finding]
         return []
     first = off[0]
     detail = f"{len(off)} values are no share of their test set, e.g. {first} of {sizes[first]}"
-    return [Finding(row, table.models[row], Kind.OFF_GRID, tuple(off), detail)]
+    return [Finding(row, table.models[row], FindingKind.OFF_GRID, tuple(off), detail)]
 
 
 def _implausible(table: Table, row: int, band: tuple[Array, Array] | None) -> list[Finding]:
@@ -231,7 +233,7 @@ def _implausible(table: Table, row: int, band: tuple[Array, Array] | None) -> li
         return []
     worst = int(np.nanargmax(np.where(far, distance / scale, -1)))
     detail = f"{table.datasets[worst]} is {table.values[row, worst]:.2f}, others of its kind {median[worst]:.2f}"
-    return [Finding(row, table.models[row], Kind.IMPLAUSIBLE, names, detail)]
+    return [Finding(row, table.models[row], FindingKind.IMPLAUSIBLE, names, detail)]
 
 
 def move_right(values: Array, start: int, end: int) -> Array:

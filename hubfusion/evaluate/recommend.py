@@ -21,7 +21,7 @@ TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class KnownModel:
     """A model on disk and the key of its content."""
 
     model: str
@@ -50,7 +50,7 @@ def own_dataset(path: Path, text: Sequence[str] = ("text",), label: str = "label
 
 
 def recommend(
-    models: Sequence[Checkpoint],
+    models: Sequence[KnownModel],
     suite: Suite,
     protocols: tuple[Protocol, Protocol],
     seeds: Sequence[int],
@@ -73,7 +73,7 @@ def recommend(
     reference = models[0]
     level = probes[reference].mean(probe.name)
     ranked = sorted(models, key=lambda m: -probes[m].mean(probe.name))
-    tried: dict[Checkpoint, Comparison] = {}
+    tried: dict[KnownModel, Comparison] = {}
     if own is not None:
         mine = Suite(own.name, (own,))
         base = evaluate(reference.folder, reference.model, mine, [finetune], seeds, store, on_event=on_event)

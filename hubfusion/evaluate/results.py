@@ -17,7 +17,7 @@ from pathlib import Path
 from hubfusion.codec import dumps
 from hubfusion.errors import HubError, NotFound
 from hubfusion.evaluate.units import Evaluated, Result, Unit, parse_result, path_of, read_result, write_result
-from hubfusion.hub import Files, Hub, Kind, append
+from hubfusion.hub import Files, Hub, RepoKind, append
 from hubfusion.lineage import Revision
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ def _path(unit: Unit) -> str:
 
 def fetch_results(hub: Hub, head: Revision, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
     """Those of ``units`` that the repository has at ``head``, with their results."""
-    there = hub.present(head, [_path(u) for u in units], Kind.DATASET)
+    there = hub.present(head, [_path(u) for u in units], RepoKind.DATASET)
 
     def read(unit: Unit) -> tuple[Unit, Result]:
-        data = hub.read(head, _path(unit), stop=MAX_BYTES, kind=Kind.DATASET)
+        data = hub.read(head, _path(unit), stop=MAX_BYTES, kind=RepoKind.DATASET)
         return unit, parse_result(unit, data, f"{head} {_path(unit)}")
 
     with ThreadPoolExecutor(8) as pool:
@@ -48,7 +48,7 @@ def pull(hub: Hub, repo: str, units: Sequence[Unit], store: Path) -> int:
     if not missing:
         return 0
     try:
-        head = hub.resolve(repo, kind=Kind.DATASET)
+        head = hub.resolve(repo, kind=RepoKind.DATASET)
     except NotFound:
         return 0
     count = 0
@@ -71,7 +71,7 @@ def push(hub: Hub, repo: str, units: Sequence[Unit], store: Path) -> int:
 
     def plan(head: Revision) -> tuple[str, Files]:
         nonlocal new
-        there = hub.present(head, list(known), Kind.DATASET)
+        there = hub.present(head, list(known), RepoKind.DATASET)
         new = {path: data for path, data in known.items() if path not in there}
         return f"{len(new)} results of {units[0].model}", new
 

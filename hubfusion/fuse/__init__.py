@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hubfusion.fuse.engine import Fused, FusedInput, Progress, Settings, fuse
+from hubfusion.fuse.engine import Fused, FusedInput, FuseProgress, Settings, fuse
 from hubfusion.fuse.methods import METHODS
 
-__all__ = ["METHODS", "Fused", "FusedInput", "Progress", "Settings", "fuse"]
+__all__ = ["METHODS", "Fused", "FusedInput", "FuseProgress", "Settings", "fuse"]

@@ -14,7 +14,7 @@ from hubfusion.errors import RecipeError
 from hubfusion.fuse.first_pass import grams
 
 
-class Policy(StrEnum):
+class CoefficientRule(StrEnum):
     """How contributions are weighed against each other."""
 
     UNIFORM = "uniform"

@@ -62,7 +62,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class FuseProgress:
     """Entries of the model done so far, and all of them; one event a chunk."""
 
     done: int
@@ -91,7 +91,7 @@ class Fused:
     kept: tuple[str, ...]
 
 
-Listener = Callable[[Progress], None]
+Listener = Callable[[FuseProgress], None]
 
 
 def fuse(
@@ -110,7 +110,7 @@ def fuse(
     The output has the base's parameters, dtypes and names. Parameters that some input lacks (a pretraining head, a
     pooler), task heads and integer buffers are the base's own. ``state`` is the folder or file of the outer
     optimizer's last state (None: the base folder's own, or a fresh one); the next is written beside the weights.
-    ``on_event`` gets a `Progress` when chunks are done. ``prepare`` is called when everything
+    ``on_event`` gets a `FuseProgress` when chunks are done. ``prepare`` is called when everything
     is open and matched and (unless the method needs a first pass) no delta was read. Raises `CheckpointError` for
     files that do not fit or values that are not finite and `RecipeError` for options; ``out`` is then as it was before.
     """
@@ -187,7 +187,7 @@ class _Work:
         self.scale = recipe.scale
         self.coefficients = [recipe.inputs[i].coefficient for i in recipe.order]
         self.count = counter(
-            models.entries, (lambda done, total: on_event(Progress(done, total))) if on_event else None
+            models.entries, (lambda done, total: on_event(FuseProgress(done, total))) if on_event else None
         )
         self.squares: list[list[float]] = []
 

@@ -28,7 +28,7 @@ from hubfusion.checkpoint.deltas import (
     square,
 )
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse.engine import Fused, Listener, Progress, Settings, fuse, in_given_order, refuse_same_place
+from hubfusion.fuse.engine import Fused, FuseProgress, Listener, Settings, fuse, in_given_order, refuse_same_place
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.methods.kinds import Sum, add_up
 from hubfusion.fuse.recipe import check_recipe
@@ -117,7 +117,7 @@ def fuse_arriving(
     with open_models(base, arrivals.known) as models:
         entries = models.entries
         work = entries * len(models.sources)
-        count = counter(work, lambda done, _: tell(Progress(done, work + entries)))
+        count = counter(work, lambda done, _: tell(FuseProgress(done, work + entries)))
         specs = [replace(models.base.parameters[n], dtype=models.state_dtype) for n in models.fused]
         with write_checkpoint(arrivals.room, specs, single=SUM, digest=False) as writing:
             folding = _Folding(models, total, writing, settings, models.workers(settings.workers), count)
@@ -128,7 +128,7 @@ def fuse_arriving(
                 out,
                 state=state,
                 settings=replace(settings, norms=False),
-                on_event=lambda event: tell(Progress(work + event.done, work + entries)),
+                on_event=lambda event: tell(FuseProgress(work + event.done, work + entries)),
                 prepare=lambda: folding.add_all(arrivals.batches),
             )
         norms = folding.norms if settings.norms else [None] * len(models.sources)

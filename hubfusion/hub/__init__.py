@@ -6,9 +6,21 @@
 from __future__ import annotations
 
 from hubfusion.hub.append import Files, append
-from hubfusion.hub.protocol import Change, Commit, Hub, Job, JobState, Kind, Listing, OnBytes
+from hubfusion.hub.protocol import Change, Commit, Hub, HubJob, JobState, Listing, OnBytes, RepoKind
 
-__all__ = ["Change", "Commit", "Files", "Hub", "Job", "JobState", "Kind", "Listing", "OnBytes", "append", "connect"]
+__all__ = [
+    "Change",
+    "Commit",
+    "Files",
+    "Hub",
+    "HubJob",
+    "JobState",
+    "RepoKind",
+    "Listing",
+    "OnBytes",
+    "append",
+    "connect",
+]
 
 
 def connect(endpoint: str, token: str | None = None, *, tries: int = 5) -> Hub:

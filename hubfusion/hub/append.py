@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hubfusion.errors import Conflict, NotFound
-from hubfusion.hub.protocol import Change, Hub, Kind
+from hubfusion.hub.protocol import Change, Hub, RepoKind
 from hubfusion.lineage import Revision
 
 TRIES = 8
@@ -23,7 +23,7 @@ def append(
     plan: Callable[[Revision], tuple[str, Files]],
     *,
     nonce: str,
-    kind: Kind = Kind.DATASET,
+    kind: RepoKind = RepoKind.DATASET,
     create: bool = False,
 ) -> str:
     """Commit what ``plan`` makes of the newest commit, on top of it; returns the sha of the head as it is now.

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from hubfusion.errors import Conflict, Corrupt, Forbidden, HubError, NotFound
-from hubfusion.hub.protocol import Change, Commit, Job, JobState, Kind, Listing, OnBytes
+from hubfusion.hub.protocol import Change, Commit, HubJob, JobState, Listing, OnBytes, RepoKind
 from hubfusion.lineage import RemoteFile, Revision
 
 T = TypeVar("T")
@@ -77,19 +77,19 @@ class HubClient:
         """See `Hub.whoami`."""
         return str(self._ask("whoami", lambda: self._api.whoami())["name"])
 
-    def resolve(self, repo: str, name: str = "main", kind: Kind = Kind.MODEL) -> Revision:
+    def resolve(self, repo: str, name: str = "main", kind: RepoKind = RepoKind.MODEL) -> Revision:
         """See `Hub.resolve`."""
         info = self._ask(
             f"{repo}@{name}", lambda: self._api.repo_info(repo, revision=name, repo_type=kind, expand=["sha"])
         )
         return Revision(repo, str(info.sha))
 
-    def tags(self, repo: str, kind: Kind = Kind.MODEL) -> dict[str, str]:
+    def tags(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> dict[str, str]:
         """See `Hub.tags`."""
         refs = self._ask(f"refs of {repo}", lambda: self._api.list_repo_refs(repo, repo_type=kind))
         return {tag.name: tag.target_commit for tag in refs.tags}
 
-    def history(self, repo: str, kind: Kind = Kind.MODEL) -> Iterator[Commit]:
+    def history(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> Iterator[Commit]:
         """See `Hub.history`."""
         for commit in self._ask(f"history of {repo}", lambda: self._api.list_repo_commits(repo, repo_type=kind)):
             yield Commit(commit.commit_id, commit.title, commit.message or "")
@@ -102,7 +102,7 @@ class HubClient:
                 modified = info.last_modified.isoformat()
                 yield Listing(Revision(info.id, info.sha), modified, tuple(info.tags or ()), bool(info.gated))
 
-    def files(self, revision: Revision, kind: Kind = Kind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
+    def files(self, revision: Revision, kind: RepoKind = RepoKind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
         """See `Hub.files`."""
         tree = self._ask(
             f"files of {revision}",
@@ -119,7 +119,7 @@ class HubClient:
             if isinstance(e, RepoFile)
         )
 
-    def present(self, revision: Revision, paths: Sequence[str], kind: Kind = Kind.MODEL) -> frozenset[str]:
+    def present(self, revision: Revision, paths: Sequence[str], kind: RepoKind = RepoKind.MODEL) -> frozenset[str]:
         """See `Hub.present`."""
         found: set[str] = set()
         for start in range(0, len(paths), PATHS_AT_ONCE):
@@ -137,7 +137,9 @@ class HubClient:
         scans = {e.path: str(e.security.status) for e in found if isinstance(e, RepoFile) and e.security}
         return {path: status for path, status in scans.items() if status in WARNINGS}
 
-    def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
+    def read(
+        self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: RepoKind = RepoKind.MODEL
+    ) -> bytes:
         """See `Hub.read`."""
 
         def ranged() -> bytes:
@@ -160,7 +162,7 @@ class HubClient:
         revision: Revision,
         file: RemoteFile,
         target: Path,
-        kind: Kind = Kind.MODEL,
+        kind: RepoKind = RepoKind.MODEL,
         on_bytes: OnBytes | None = None,
     ) -> Path:
         """See `Hub.download`."""
@@ -177,7 +179,9 @@ class HubClient:
         part.unlink()
         raise Corrupt(f"{revision} {file.path}: the bytes do not have the hash that the Hub lists, twice")
 
-    def _resume(self, revision: Revision, file: RemoteFile, part: Path, kind: Kind, on_bytes: OnBytes | None) -> None:
+    def _resume(
+        self, revision: Revision, file: RemoteFile, part: Path, kind: RepoKind, on_bytes: OnBytes | None
+    ) -> None:
         """Append what is missing of ``file`` to ``part``; a cut body raises, and the next try goes on from there."""
         have = part.stat().st_size
         if have >= file.size:
@@ -195,19 +199,19 @@ class HubClient:
         if part.stat().st_size < file.size:
             raise httpx.ReadError(f"{part.stat().st_size} of {file.size} bytes came")
 
-    def _get(self, revision: Revision, path: str, kind: Kind, byte_range: str) -> Any:
-        prefix = "datasets/" if kind is Kind.DATASET else ""
+    def _get(self, revision: Revision, path: str, kind: RepoKind, byte_range: str) -> Any:
+        prefix = "datasets/" if kind is RepoKind.DATASET else ""
         url = f"{self.endpoint}/{prefix}{revision.repo}/resolve/{revision.sha}/{quote(path)}"
         headers = build_hf_headers(token=self._api.token) | {"Range": byte_range, "Accept-Encoding": "identity"}
         return get_session().stream("GET", url, headers=headers)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def create(self, repo: str, kind: Kind = Kind.MODEL) -> None:
+    def create(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> None:
         """See `Hub.create`."""
         self._ask(f"create {repo}", lambda: self._api.create_repo(repo, repo_type=kind, exist_ok=True))
 
-    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+    def commit(self, repo: str, change: Change, kind: RepoKind = RepoKind.MODEL) -> str:
         """See `Hub.commit`."""
         for attempt in range(self._tries):
             try:
@@ -231,7 +235,7 @@ class HubClient:
             self._pause(attempt, f"commit to {repo}", failure)
         raise _explained(f"commit to {repo}", failure)
 
-    def _send(self, repo: str, change: Change, kind: Kind) -> str:
+    def _send(self, repo: str, change: Change, kind: RepoKind) -> str:
         operations: list[Any] = [CommitOperationAdd(path, content) for path, content in change.files.items()]
         operations += [CommitOperationDelete(path) for path in change.delete]
         info = self._api.create_commit(
@@ -244,7 +248,7 @@ class HubClient:
         )
         return str(info.oid)
 
-    def _landed(self, repo: str, change: Change, kind: Kind) -> str | None:
+    def _landed(self, repo: str, change: Change, kind: RepoKind) -> str | None:
         """The commit that carries our nonce, if it is anywhere between the head and the parent."""
         for commit in self.history(repo, kind):
             if commit.sha == change.parent:
@@ -253,7 +257,7 @@ class HubClient:
                 return commit.sha
         return None
 
-    def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
+    def tag(self, repo: str, name: str, sha: str, kind: RepoKind = RepoKind.MODEL) -> None:
         """See `Hub.tag`."""
         tags = self.tags(repo, kind)
         if name not in tags:
@@ -279,7 +283,7 @@ class HubClient:
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
-    def start_job(self, job: Job) -> str:
+    def start_job(self, job: HubJob) -> str:
         """See `Hub.start_job`."""
 
         def once() -> str:

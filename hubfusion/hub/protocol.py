@@ -20,7 +20,7 @@ from hubfusion.lineage import RemoteFile, Revision
 OnBytes = Callable[[int], None]
 
 
-class Kind(StrEnum):
+class RepoKind(StrEnum):
     """What a repository holds."""
 
     MODEL = "model"
@@ -58,15 +58,15 @@ class Hub(Protocol):
         """The user whom the token belongs to."""
         ...
 
-    def resolve(self, repo: str, name: str = "main", kind: Kind = Kind.MODEL) -> Revision:
+    def resolve(self, repo: str, name: str = "main", kind: RepoKind = RepoKind.MODEL) -> Revision:
         """The commit that a branch or tag points to now."""
         ...
 
-    def tags(self, repo: str, kind: Kind = Kind.MODEL) -> dict[str, str]:
+    def tags(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> dict[str, str]:
         """Tag name to commit sha."""
         ...
 
-    def history(self, repo: str, kind: Kind = Kind.MODEL) -> Iterator[Commit]:
+    def history(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> Iterator[Commit]:
         """Commits of ``main``, newest first."""
         ...
 
@@ -74,11 +74,11 @@ class Hub(Protocol):
         """Models that carry every one of the tags in ``filters``, all pages, in the Hub's order."""
         ...
 
-    def files(self, revision: Revision, kind: Kind = Kind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
+    def files(self, revision: Revision, kind: RepoKind = RepoKind.MODEL, limit: int = 1000) -> tuple[RemoteFile, ...]:
         """The files at a pinned commit; stops after ``limit`` + 1 entries, so that more can be told from enough."""
         ...
 
-    def present(self, revision: Revision, paths: Sequence[str], kind: Kind = Kind.MODEL) -> frozenset[str]:
+    def present(self, revision: Revision, paths: Sequence[str], kind: RepoKind = RepoKind.MODEL) -> frozenset[str]:
         """Those of ``paths`` that exist at a pinned commit, without listing the whole repository."""
         ...
 
@@ -86,7 +86,9 @@ class Hub(Protocol):
         """Those of ``paths`` that the Hub's own scanners warn of, with their word for it; empty where none scans."""
         ...
 
-    def read(self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: Kind = Kind.MODEL) -> bytes:
+    def read(
+        self, revision: Revision, path: str, *, start: int = 0, stop: int, kind: RepoKind = RepoKind.MODEL
+    ) -> bytes:
         """Bytes ``start`` to ``stop`` (exclusive) of one file, fewer when it ends before; never reads beyond."""
         ...
 
@@ -95,17 +97,17 @@ class Hub(Protocol):
         revision: Revision,
         file: RemoteFile,
         target: Path,
-        kind: Kind = Kind.MODEL,
+        kind: RepoKind = RepoKind.MODEL,
         on_bytes: OnBytes | None = None,
     ) -> Path:
         """Fetch one file to ``target``, whole and with the listed hash, or raise `Corrupt`; resumes a cut transfer."""
         ...
 
-    def create(self, repo: str, kind: Kind = Kind.MODEL) -> None:
+    def create(self, repo: str, kind: RepoKind = RepoKind.MODEL) -> None:
         """Make sure that the repository exists."""
         ...
 
-    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+    def commit(self, repo: str, change: Change, kind: RepoKind = RepoKind.MODEL) -> str:
         """Put ``change`` on ``main`` as one commit on top of its parent and return the new sha.
 
         Raises `Conflict` when the branch is no longer at the parent: then nothing was written. An answer that was
@@ -113,7 +115,7 @@ class Hub(Protocol):
         """
         ...
 
-    def tag(self, repo: str, name: str, sha: str, kind: Kind = Kind.MODEL) -> None:
+    def tag(self, repo: str, name: str, sha: str, kind: RepoKind = RepoKind.MODEL) -> None:
         """Tag a commit; the same tag on the same commit is fine, on another one it is a `Conflict`."""
         ...
 
@@ -121,7 +123,7 @@ class Hub(Protocol):
         """Open a discussion, once: one of ours with this title is answered with its number instead."""
         ...
 
-    def start_job(self, job: Job) -> str:
+    def start_job(self, job: HubJob) -> str:
         """Run a command on the Hub's machines, once for each nonce, and return its id; it gets our token."""
         ...
 
@@ -154,7 +156,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class HubJob:
     """A command to run in a container of ``image`` on a machine of kind ``flavor``, on the account of ``namespace``.
 
     It is ended after ``seconds``. ``nonce`` names this one attempt. Its environment has ``HF_ENDPOINT``, our token as

@@ -15,7 +15,7 @@ from typing import Any
 
 from hubfusion.errors import NotFound
 from hubfusion.evaluate.scores import Scores
-from hubfusion.hub import Files, Hub, Kind, append
+from hubfusion.hub import Files, Hub, RepoKind, append
 from hubfusion.lineage import Revision
 from hubfusion.release.card import render
 from hubfusion.release.manifest import Manifest
@@ -48,7 +48,7 @@ def read_rows(hub: Hub, head: Revision) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        data = hub.read(head, FILE, stop=MAX_BYTES, kind=Kind.DATASET)
+        data = hub.read(head, FILE, stop=MAX_BYTES, kind=RepoKind.DATASET)
     except NotFound:
         return []
     return list(pq.read_table(io.BytesIO(data)).to_pylist())

@@ -23,7 +23,7 @@ from hubfusion.lineage import Reason, RemoteFile, Revision
 from hubfusion.screen.policy import Policy
 
 
-class Refused(Exception):
+class ScreenRefusal(Exception):
     """A rule objects: the reason and one sentence; `hubfusion.screen.rules` turns it into a `Rejected`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -34,7 +34,7 @@ class Refused(Exception):
 
 def refuse(reason: Reason, detail: str) -> NoReturn:
     """Object to the finetune at hand."""
-    raise Refused(reason, detail)
+    raise ScreenRefusal(reason, detail)
 
 
 @dataclass(frozen=True, slots=True)

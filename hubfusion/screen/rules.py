@@ -20,11 +20,11 @@ from hubfusion.checkpoint.backbone import CONFIG, MAX_BYTES, Backbone, declare, 
 from hubfusion.checkpoint.backbone import FILE as BACKBONE
 from hubfusion.checkpoint.headers import MAX_HEADER_BYTES, TensorSpec
 from hubfusion.errors import CheckpointError, NotFound
-from hubfusion.hub import Hub, Kind
+from hubfusion.hub import Hub, RepoKind
 from hubfusion.hub.cards import MAX_CARD_BYTES, front_matter, read_card
 from hubfusion.lineage import COMMIT_SHA, REPO_ID, Contribution, Finetune, Reason, Rejected, RemoteFile, Revision
 from hubfusion.screen.policy import Policy
-from hubfusion.screen.remote import Refused, RemoteTensors, find_weights, read_config, read_tensors, refuse, short
+from hubfusion.screen.remote import RemoteTensors, ScreenRefusal, find_weights, read_config, read_tensors, refuse, short
 
 PERMISSIVE = (
     "0bsd", "afl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
@@ -77,7 +77,7 @@ def read_base(hub: Hub, revision: Revision, tag: str, versions: Mapping[str, str
             backbone = parse_backbone(text, f"{revision} {BACKBONE}", tensors)
         else:
             backbone = declare(config, tensors)
-    except Refused as refused:
+    except ScreenRefusal as refused:
         raise CheckpointError(f"base {revision}: {refused}") from None
     stated = read_card(hub, revision).get("license")
     return Base(revision, tag, tensors, config, backbone, stated if isinstance(stated, str) else "", dict(versions))
@@ -106,7 +106,7 @@ def screen(hub: Hub, finetune: Finetune, base: Base, policy: Policy) -> Contribu
         read = [*(path for path in [CONFIG] if path in files), *(f.path for f in weights.files)]
         for path, word in hub.flagged(revision, read).items():
             refuse(Reason.FLAGGED, f"{path}: the Hub's scanners call it {word}")
-    except Refused as refused:
+    except ScreenRefusal as refused:
         return Rejected(revision, finetune.author, refused.reason, str(refused))
     except NotFound as error:
         return Rejected(revision, finetune.author, Reason.GONE, f"a listed file cannot be read any more: {error}")
@@ -207,8 +207,8 @@ def _check_dataset_licenses(hub: Hub, datasets: Sequence[str], base: Base, polic
         if not REPO_ID.fullmatch(name):
             refuse(Reason.LICENSE, f"dataset {short(name)}: give it with its owner, its license is looked up")
         try:
-            revision = hub.resolve(name, kind=Kind.DATASET)
-            text = hub.read(revision, "README.md", stop=MAX_CARD_BYTES, kind=Kind.DATASET)
+            revision = hub.resolve(name, kind=RepoKind.DATASET)
+            text = hub.read(revision, "README.md", stop=MAX_CARD_BYTES, kind=RepoKind.DATASET)
         except NotFound:
             refuse(Reason.LICENSE, f"dataset {short(name)}: no public card says under which license it is")
         stated = front_matter(text.decode("utf-8", "replace")).get("license")

@@ -77,7 +77,7 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SoundnessReport:
     """The batch: ``measures`` of those that could be read whole, oldest first, their ``cosines``, and who is out.
 
     ``median`` is the median norm of those that stay (0.0 when nobody does), ``entries`` the size of the base,
@@ -108,7 +108,7 @@ def examine(
     bounds: Bounds | None = None,
     seed: int | None = None,
     on_entries: OnEntries | None = None,
-) -> Report:
+) -> SoundnessReport:
     """Measure and judge contributions (oldest first) in folders against the base in ``base``.
 
     ``versions`` are earlier releases by tag, ``known_norms`` norms accepted before, ``tag`` the base's own tag. The
@@ -154,7 +154,7 @@ def examine(
     )
     log.info("soundness: %d examined, %d rejected", len(contributions), len(rejected))
     rows = tuple(tuple(round(float(x), 6) for x in row) for row in cosines)
-    return Report(tuple(measures.values()), rows, rejected, median(left) if left else 0.0, entries, seed)
+    return SoundnessReport(tuple(measures.values()), rows, rejected, median(left) if left else 0.0, entries, seed)
 
 
 def _check_folder(folder: Path) -> None:

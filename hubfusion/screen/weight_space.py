@@ -1,7 +1,8 @@
 """Where contributions lie in weight space: clusters, centroid, a map; as numbers, as lines and as a picture.
 
 *Knowledge is a Region in Weight Space* (arXiv 2302.04863): task vectors of the same data point the same way, those of
-other data are nearly orthogonal. Everything here follows from the norms and cosines of a `Report`: the inner products
+other data are nearly orthogonal. Everything here follows from the norms and cosines of a
+`SoundnessReport`: the inner products
 ⟨τᵢ, τⱼ⟩ = ‖τᵢ‖‖τⱼ‖ cos are all that distances need.
 """
 
@@ -13,14 +14,14 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from hubfusion.screen.soundness import Measure, Report
+from hubfusion.screen.soundness import Measure, SoundnessReport
 
 RELATED = 0.15
 CELL, LEFT, TOP, BAR = 26, 260, 70, 160
 MAP = 320
 
 
-def _products(report: Report, longest: float = np.inf) -> NDArray[np.float64]:
+def _products(report: SoundnessReport, longest: float = np.inf) -> NDArray[np.float64]:
     """Inner products of the task vectors (N, N), those longer than ``longest`` shortened to it."""
     norms = np.minimum([m.norm for m in report.measures], longest)
     cosines = np.array(report.cosines).reshape(len(norms), len(norms))
@@ -29,7 +30,7 @@ def _products(report: Report, longest: float = np.inf) -> NDArray[np.float64]:
     return products
 
 
-def centroid_distances(report: Report) -> tuple[float, ...]:
+def centroid_distances(report: SoundnessReport) -> tuple[float, ...]:
     """‖τ − mean of all τ‖ for each of ``report.measures``: who lies outside the region that the batch spans."""
     products = _products(report)
     if not len(products):
@@ -38,7 +39,7 @@ def centroid_distances(report: Report) -> tuple[float, ...]:
     return tuple(float(d) for d in np.sqrt(np.maximum(squares, 0.0)))
 
 
-def clusters(report: Report, related: float = RELATED) -> tuple[int, ...]:
+def clusters(report: SoundnessReport, related: float = RELATED) -> tuple[int, ...]:
     """A cluster number for each of ``report.measures``: those linked by cosines above ``related`` share one.
 
     Numbers count from 0 in the order of the oldest member.
@@ -53,7 +54,7 @@ def clusters(report: Report, related: float = RELATED) -> tuple[int, ...]:
     return tuple(order[each] for each in label)
 
 
-def plane(report: Report) -> NDArray[np.float64]:
+def plane(report: SoundnessReport) -> NDArray[np.float64]:
     """Coordinates (N + 1, 2) of the contributions and, last, of the base, that keep distances as well as two can.
 
     Principal coordinates (classical scaling) of the task vectors and the zero vector. Vectors longer than the
@@ -70,12 +71,12 @@ def plane(report: Report) -> NDArray[np.float64]:
     return coordinates
 
 
-def verdict(report: Report, measure: Measure) -> str:
+def verdict(report: SoundnessReport, measure: Measure) -> str:
     """``ok`` or the reason of the rejection."""
     return next((str(r.reason) for r in report.rejected if r.revision == measure.revision), "ok")
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: SoundnessReport) -> Iterator[str]:
     """The report as plain lines: one for each contribution, then why some are out."""
     numbers, far = clusters(report), centroid_distances(report)
     heads = f"{'norm':>9} {'of base':>9} {'centroid':>9} {'nearest':>8} {'cluster':>7}"
@@ -89,7 +90,7 @@ def lines(report: Report) -> Iterator[str]:
     yield f"median norm of those that stay: {report.median:.4g}"
 
 
-def draw(report: Report) -> str:
+def draw(report: SoundnessReport) -> str:
     """The report as one SVG: names and norms, the matrix of cosines, a map with the base in it. No script, no link."""
     count = len(report.measures)
     width = LEFT + BAR + 30 + count * CELL + 40 + MAP + 20
@@ -110,7 +111,7 @@ def _text(x: float, y: float, text: str, extra: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="#222" {extra}>{escape(text)}</text>'
 
 
-def _draw_norms(report: Report) -> Iterator[str]:
+def _draw_norms(report: SoundnessReport) -> Iterator[str]:
     yield _text(12, 28, "Norm of the update", 'font-weight="600"')
     yield _text(12, 46, f"dashed: median {report.median:.3g}", 'fill-opacity="0.7"')
     longest = max((m.norm for m in report.measures), default=1.0) or 1.0
@@ -134,7 +135,7 @@ def _draw_norms(report: Report) -> Iterator[str]:
         yield f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" stroke="#222" stroke-dasharray="3 3"/>'
 
 
-def _draw_cosines(report: Report, left: int) -> Iterator[str]:
+def _draw_cosines(report: SoundnessReport, left: int) -> Iterator[str]:
     yield _text(left, 28, "Cosine of updates", 'font-weight="600"')
     yield _text(left, 46, "blue −1 · white 0 · red +1", 'fill-opacity="0.7"')
     for i, row in enumerate(report.cosines):
@@ -145,7 +146,7 @@ def _draw_cosines(report: Report, left: int) -> Iterator[str]:
             yield f'<rect {box} fill="{color}" stroke="#ddd"><title>{cosine:.3f}</title></rect>'
 
 
-def _draw_map(report: Report, left: int) -> Iterator[str]:
+def _draw_map(report: SoundnessReport, left: int) -> Iterator[str]:
     yield _text(left, 28, "Map of weight space", 'font-weight="600"')
     yield _text(left, 46, "cross: base · number: cluster · clipped to the median", 'fill-opacity="0.7"')
     yield f'<rect x="{left}" y="{TOP}" width="{MAP}" height="{MAP}" fill="#fafafa" stroke="#ddd"/>'

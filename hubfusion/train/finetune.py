@@ -30,7 +30,7 @@ from hubfusion.train.vocabulary import UsedRows
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """How far a training is: optimizer steps made and planned (early stopping may end sooner), loss of the last."""
 
     done: int
@@ -39,7 +39,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Finetuned:
+class TrainedModel:
     """A finetune on disk and how good it is: percent of ``metric``; ``examples`` trained on, ``seconds`` spent."""
 
     folder: Path
@@ -165,7 +165,7 @@ def fit(
     labels: np.ndarray,
     training: Training,
     validate: Callable[[], float] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
 ) -> int:
     """Train in place and return the optimizer steps made. ``labels``: (n,), integers for classes, floats for numbers.
 
@@ -187,7 +187,7 @@ def _fit(
     embedding: UsedRows,
     gradient: Gradient,
     training: Training,
-    calls: tuple[Callable[[], float] | None, Callable[[Progress], None] | None],
+    calls: tuple[Callable[[], float] | None, Callable[[TrainingProgress], None] | None],
 ) -> int:
     validate, on_progress = calls
     optimizer, examples = _optimizer(model, training), gradient.examples
@@ -213,7 +213,7 @@ def _fit(
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if on_progress:
-                    on_progress(Progress(step, total, float(loss)))
+                    on_progress(TrainingProgress(step, total, float(loss)))
                 if stopping and validate and stopping.is_due(step):
                     embedding.widen()
                     is_over = stopping.is_over(validate())
@@ -265,8 +265,8 @@ def target_array(data: Data, labels: tuple[Any, ...]) -> np.ndarray:
 
 
 def finetune(
-    base: Path, data: Data, training: Training, out: Path, on_progress: Callable[[Progress], None] | None = None
-) -> Finetuned:
+    base: Path, data: Data, training: Training, out: Path, on_progress: Callable[[TrainingProgress], None] | None = None
+) -> TrainedModel:
     """Finetune ``base`` on one dataset and leave config, tokenizer and safetensors in the new folder ``out``.
 
     The config names the labels. ``out`` appears when it is whole: it is written beside and renamed.
@@ -302,4 +302,4 @@ def finetune(
         tokenizer.save_pretrained(beside)
     os.replace(beside, out)
     seconds = time.monotonic() - began
-    return Finetuned(out, data.dataset.metric, 100 * validation, 100 * test, len(data.train), steps, seconds)
+    return TrainedModel(out, data.dataset.metric, 100 * validation, 100 * test, len(data.train), steps, seconds)

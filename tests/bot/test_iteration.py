@@ -11,7 +11,7 @@ import pytest
 from bot.iteration import Verdict, run_iteration
 from bot.ledger import Judged, Promoted, Refused, Said
 from hubfusion.errors import Conflict, FusionError, HubError
-from hubfusion.hub import Kind
+from hubfusion.hub import RepoKind
 from hubfusion.lineage import Reason, Revision
 from hubfusion.localhub import LOST, Fault, FaultRequest
 from hubfusion.release.publish import current_release, manifest_at
@@ -270,7 +270,7 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(
     assert [len(world.titles(repo)) for repo in ("alice/model", "bob/model", "mallory/nan")] == [1, 1, 1]
     from hubfusion.release.ranking import read_rows
 
-    rows = read_rows(hub, hub.resolve(world.config.ranking, kind=Kind.DATASET))
+    rows = read_rows(hub, hub.resolve(world.config.ranking, kind=RepoKind.DATASET))
     assert [r["version"] for r in rows] == ["v0", "v0", "v1", "v1"]
     settled = world.heads()
     assert world.iterate("settled").verdict is Verdict.NOTHING_NEW

@@ -11,7 +11,7 @@ import pytest
 
 from hubfusion.data.suite import load_suite
 from hubfusion.errors import EvaluationError
-from hubfusion.evaluate.audit import Kind, Table, audit, move_right, read_table
+from hubfusion.evaluate.audit import FindingKind, Table, audit, move_right, read_table
 
 SIZES = {"a": 1043, "b": 408, "c": 277, "d": 1066, "e": 500}
 LEVELS = {"a": 0.83, "b": 0.88, "c": 0.60, "d": 0.45, "e": 0.97}
@@ -46,14 +46,14 @@ def test_a_shifted_row_is_found_with_the_column_it_starts_at(tmp_path):
     a, b, c, d, e = rows[3]
     rows[3] = [a, c, d, e, e]  # from b on, each value is that of the column to its right; the last comes twice
     findings = audit(read_table(write(tmp_path / "t.csv", rows), list(SIZES)), SIZES)
-    shifted = [f for f in findings if f.kind is Kind.SHIFTED]
+    shifted = [f for f in findings if f.kind is FindingKind.SHIFTED]
     assert [(f.row, f.model, f.datasets) for f in shifted] == [(3, "m3", ("d", "e"))]
     realignment = shifted[0].realignment
     assert realignment is not None
     assert (realignment.start, realignment.end) == ("b", "e")
     assert realignment.after < 1.5 < 5 < realignment.before
     assert {f.row for f in findings} == {3}
-    off = next(f for f in findings if f.kind is Kind.OFF_GRID)
+    off = next(f for f in findings if f.kind is FindingKind.OFF_GRID)
     assert set(off.datasets) == {"b", "c", "d"}
 
 
@@ -66,7 +66,7 @@ def test_a_copy_between_columns_of_coprime_test_sizes_is_found_and_a_coincidence
     rows = honest_rows()
     rows[2][0] = rows[2][3]  # 1043 and 1066 have no common divisor
     findings = audit(read_table(write(tmp_path / "t.csv", rows), list(SIZES)), SIZES)
-    assert [(f.row, f.datasets) for f in findings if f.kind is Kind.COPIED] == [(2, ("a", "d"))]
+    assert [(f.row, f.datasets) for f in findings if f.kind is FindingKind.COPIED] == [(2, ("a", "d"))]
     half = [[0.5, 0.5] for _ in range(6)]
     table = Table(tuple("abcdef"), ("x",) * 6, ("a", "b"), 100 * np.array(half), 14)
     assert audit(table, {"a": 408, "b": 500}) == []  # 204 of 408 and 250 of 500
@@ -76,7 +76,7 @@ def test_a_value_far_from_its_architecture_is_implausible(tmp_path):
     rows = honest_rows()
     rows[5][4] = 0.5
     findings = audit(read_table(write(tmp_path / "t.csv", rows), list(SIZES)), SIZES)
-    assert [(f.row, f.kind, f.datasets) for f in findings] == [(5, Kind.IMPLAUSIBLE, ("e",))]
+    assert [(f.row, f.kind, f.datasets) for f in findings] == [(5, FindingKind.IMPLAUSIBLE, ("e",))]
 
 
 def test_a_repeated_model_and_missing_scores_are_named(tmp_path):
@@ -86,8 +86,8 @@ def test_a_repeated_model_and_missing_scores_are_named(tmp_path):
     path.write_text("\n".join(lines))
     findings = audit(read_table(path, list(SIZES)), SIZES)
     assert [(f.row, f.kind, f.datasets) for f in findings] == [
-        (8, Kind.REPEATED, ()),
-        (9, Kind.INCOMPLETE, ("b", "c", "d", "e")),
+        (8, FindingKind.REPEATED, ()),
+        (9, FindingKind.INCOMPLETE, ("b", "c", "d", "e")),
     ]
 
 
@@ -112,11 +112,11 @@ class TestPublishedTable:
         return audit(self.table, sizes)
 
     def test_the_136_shifted_rows_are_found(self, findings):
-        rows = {f.row for f in findings if f.kind is Kind.SHIFTED and f.datasets == ("esnli", "anli")}
+        rows = {f.row for f in findings if f.kind is FindingKind.SHIFTED and f.datasets == ("esnli", "anli")}
         assert len(rows) == 136
 
     def test_the_muppet_row_is_realigned_to_the_published_correction(self, findings):
-        found = next(f for f in findings if f.kind is Kind.SHIFTED and f.model == "facebook/muppet-roberta-base")
+        found = next(f for f in findings if f.kind is FindingKind.SHIFTED and f.model == "facebook/muppet-roberta-base")
         assert found.realignment is not None
         assert (found.realignment.start, found.realignment.end) == ("dbpedia", "anli")
         names = self.table.datasets
@@ -129,7 +129,7 @@ class TestPublishedTable:
 
     def test_moved_values_lie_on_the_grid_of_their_own_test_set(self, findings):
         """Independent evidence for the realignment: as printed 20 of MUPPET's values are no share of their test set."""
-        off = next(f for f in findings if f.kind is Kind.OFF_GRID and f.model == "facebook/muppet-roberta-base")
+        off = next(f for f in findings if f.kind is FindingKind.OFF_GRID and f.model == "facebook/muppet-roberta-base")
         assert len(off.datasets) == 20
         row = self.table.models.index("facebook/muppet-roberta-base")
         names = self.table.datasets
@@ -140,4 +140,4 @@ class TestPublishedTable:
                 assert value * sizes[name] / 100 == pytest.approx(round(value * sizes[name] / 100), abs=1e-4), name
 
     def test_seven_models_come_twice(self, findings):
-        assert Counter(f.kind for f in findings)[Kind.REPEATED] == 7
+        assert Counter(f.kind for f in findings)[FindingKind.REPEATED] == 7

@@ -16,11 +16,11 @@ from hubfusion.codec import loads
 from hubfusion.data.suite import Dataset, load_suite
 from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.engines import TRIES, Group, make_groups, refuse_lost
-from hubfusion.evaluate.engines.jobs import Jobs, read_lines, read_order, write_line, write_order
+from hubfusion.evaluate.engines.jobs import HubJobs, read_lines, read_order, write_line, write_order
 from hubfusion.evaluate.protocols import STANDARD, read_protocols
 from hubfusion.evaluate.scores import Scores
 from hubfusion.evaluate.units import Evaluated, Result, Unit, score_units
-from hubfusion.hub import Job, Kind, connect
+from hubfusion.hub import HubJob, RepoKind, connect
 from hubfusion.localhub import LocalHub
 from tests.offline import MODEL, RECIPES, machine, serve
 
@@ -77,12 +77,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
         yield running
 
 
-def jobs(hub: LocalHub, place: Path, source: str = "fake", before: str = "False", after: str = "False") -> Jobs:
+def jobs(hub: LocalHub, place: Path, source: str = "fake", before: str = "False", after: str = "False") -> HubJobs:
     """Jobs that run `WORKER`, and commit after each unit."""
     (place / "worker.py").write_text(
         WORKER.format(place=str(place), source=source, kill_before=before, kill_after=after)
     )
-    return Jobs(
+    return HubJobs(
         connect(hub.endpoint, "hf_ann"),
         "ann/" + place.name[:40].strip("_-"),
         "ann",
@@ -145,7 +145,7 @@ def test_a_log_is_read_for_the_units_asked_for_and_a_line_cut_short_is_passed_ov
 
 
 def test_jobs_refuse_what_only_this_machine_has(tmp_path: Path) -> None:
-    engine = Jobs(connect("http://127.0.0.1:1", "hf_ann"), "ann/results", "ann")
+    engine = HubJobs(connect("http://127.0.0.1:1", "hf_ann"), "ann/results", "ann")
     with pytest.raises(EvaluationError, match="the model must be on the Hub"):
         list(engine.measure([replace(UNITS[0], model="sha256:0")]))
     local = replace(UNITS[0], dataset=Dataset("mine", str(tmp_path)))
@@ -161,8 +161,8 @@ def test_a_job_killed_in_the_middle_costs_nothing_that_it_had_written(hub: Local
     ]  # fmt: skip
     assert sorted(measured(tmp_path)) == ["x 0", "x 1", "x 2", "y 0", "y 1", "y 2"]
     assert (tmp_path / "killed").exists()
-    head = engine.hub.resolve(engine.results, kind=Kind.DATASET)
-    assert sum(f.path.startswith("results/") for f in engine.hub.files(head, Kind.DATASET)) == 6
+    head = engine.hub.resolve(engine.results, kind=RepoKind.DATASET)
+    assert sum(f.path.startswith("results/") for f in engine.hub.files(head, RepoKind.DATASET)) == 6
 
 
 def test_what_another_caller_measured_meanwhile_is_read_not_measured(hub: LocalHub, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_unit_that_comes_twice_counts_once(tmp_path: Path) -> None:
 
 def test_a_job_is_started_once_for_a_nonce_and_one_that_is_unknown_is_over(hub: LocalHub) -> None:
     client = connect(hub.endpoint, "hf_ann")
-    job = Job("ann", "none", ("sh", "-c", "echo $HF_TOKEN $A; exit 3"), "cpu-basic", 60, "n1", {"A": "1"})
+    job = HubJob("ann", "none", ("sh", "-c", "echo $HF_TOKEN $A; exit 3"), "cpu-basic", 60, "n1", {"A": "1"})
     key = client.start_job(job)
     assert client.start_job(job) == key
     assert client.start_job(replace(job, nonce="n2")) != key
@@ -258,7 +258,7 @@ def test_jobs_give_the_numbers_of_one_process_though_one_of_them_is_killed(hub: 
         Unit(
             f"{MODEL}@{reader.resolve(MODEL).sha}",
             dataset,
-            reader.resolve(dataset.repo, kind=Kind.DATASET).sha,
+            reader.resolve(dataset.repo, kind=RepoKind.DATASET).sha,
             p,
             seed,
         )

@@ -17,7 +17,7 @@ from hubfusion.evaluate.protocols import STANDARD
 from hubfusion.evaluate.results import pull, push, shared
 from hubfusion.evaluate.scores import Scores
 from hubfusion.evaluate.units import Evaluated, Result, Unit, path_of, read_result, write_result
-from hubfusion.hub import Change, Kind, connect
+from hubfusion.hub import Change, RepoKind, connect
 from hubfusion.localhub import LocalHub
 from tests.fake_hub import FakeHub
 from tests.offline import MODEL, RECIPES, RESULTS, machine, serve
@@ -67,7 +67,7 @@ class Raced(FakeHub):
 
     races = 2
 
-    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+    def commit(self, repo: str, change: Change, kind: RepoKind = RepoKind.MODEL) -> str:
         if self.races:
             self.races -= 1
             tree = self.commits[repo][-1][1]
@@ -102,7 +102,7 @@ class Closed(FakeHub):
 
     closed = True
 
-    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+    def commit(self, repo: str, change: Change, kind: RepoKind = RepoKind.MODEL) -> str:
         if self.closed:
             raise HubError("HTTP 503")
         return super().commit(repo, change, kind)

@@ -9,7 +9,7 @@ import pytest
 
 from hubfusion.checkpoint.deltas import open_models
 from hubfusion.errors import CheckpointError, RecipeError
-from hubfusion.fuse import Progress, Settings, fuse
+from hubfusion.fuse import FuseProgress, Settings, fuse
 from hubfusion.fuse.first_pass import grams
 from hubfusion.lineage import Input, Recipe, Revision
 from tests.checkpoints import BACKBONE, backbone, family, load, recipe_of, save
@@ -234,11 +234,11 @@ def test_a_lineage_recipe_is_followed(tmp_path):
 
 def test_progress_counts_every_entry_once(tmp_path):
     base, inputs = family(tmp_path, 2)
-    events: list[Progress] = []
+    events: list[FuseProgress] = []
     fuse(plan(2), base, inputs, tmp_path / "out", on_event=events.append)
     entries = sum(int(np.prod(s)) for s in BACKBONE.values())
     assert [e.done for e in events] == sorted(e.done for e in events)
-    assert events[-1] == Progress(entries, entries)
+    assert events[-1] == FuseProgress(entries, entries)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from hubfusion.errors import CheckpointError, NotFound, RecipeError
-from hubfusion.fuse import Progress, Settings, fuse
+from hubfusion.fuse import FuseProgress, Settings, fuse
 from hubfusion.fuse import inputs as sources
 from hubfusion.fuse.folder import finish
 from hubfusion.fuse.incremental import fuse_arriving
 from hubfusion.fuse.inputs import fetched
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.methods.kinds import add_up
-from hubfusion.hub import Kind, OnBytes
+from hubfusion.hub import OnBytes, RepoKind
 from hubfusion.lineage import Recipe, RemoteFile, Revision
 from tests.checkpoints import backbone, load, recipe_of, save
 from tests.fake_hub import FakeHub
@@ -59,7 +59,7 @@ class WatchedHub(FakeHub):
         revision: Revision,
         file: RemoteFile,
         target: Path,
-        kind: Kind = Kind.MODEL,
+        kind: RepoKind = RepoKind.MODEL,
         on_bytes: OnBytes | None = None,
     ) -> Path:
         if revision.repo == self.fail:
@@ -231,12 +231,12 @@ def test_others_come_while_one_is_added(hub, tmp_path):
     waiting, seen_by = threading.Event(), []
     real = WatchedHub.download
 
-    def download(self, revision, file, target, kind=Kind.MODEL, on_bytes=None):
+    def download(self, revision, file, target, kind=RepoKind.MODEL, on_bytes=None):
         if revision.repo == "ann/m2":
             assert waiting.wait(20)
         return real(self, revision, file, target, kind, on_bytes)
 
-    def on_event(event: Progress) -> None:
+    def on_event(event: FuseProgress) -> None:
         seen_by.append(event.done)
         waiting.set()
 
@@ -268,9 +268,9 @@ def test_bytes_are_counted_to_the_end(hub, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
-def arrives_badly(hub: WatchedHub, tmp_path: Path, error: type[Exception], match: str) -> list[Progress]:
+def arrives_badly(hub: WatchedHub, tmp_path: Path, error: type[Exception], match: str) -> list[FuseProgress]:
     """Fuse into a folder with an older checkpoint; nothing of it changes, and nothing fetched stays."""
-    events: list[Progress] = []
+    events: list[FuseProgress] = []
     older = contents(save(tmp_path / "out", backbone(50)))
     with pytest.raises(error, match=match):
         on_arrival(recipe(*IDS), tmp_path / "out", events.append)
@@ -329,7 +329,7 @@ def test_an_input_that_is_not_what_its_header_said_is_refused(hub, tmp_path):
 
 def test_a_state_of_another_optimizer_is_named_before_anything_is_added(hub, tmp_path):
     publish(hub, tmp_path)
-    events: list[Progress] = []
+    events: list[FuseProgress] = []
     with pytest.raises(CheckpointError, match="ema keeps ema; this state has momentum"):
         on_arrival(recipe(*IDS, outer="ema"), tmp_path / "out", events.append)
     assert events == []
@@ -338,7 +338,7 @@ def test_a_state_of_another_optimizer_is_named_before_anything_is_added(hub, tmp
 def test_an_interrupted_fuse_leaves_nothing(hub, tmp_path):
     publish(hub, tmp_path)
 
-    def on_event(event: Progress) -> None:
+    def on_event(event: FuseProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

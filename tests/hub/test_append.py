@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hubfusion.errors import Conflict, NotFound
-from hubfusion.hub import Change, Files, Kind, append
+from hubfusion.hub import Change, Files, RepoKind, append
 from hubfusion.hub.append import TRIES
 from hubfusion.lineage import Revision
 from tests.fake_hub import FakeHub
@@ -20,7 +20,7 @@ class RacedHub(FakeHub):
     races: int = 0
     nonces: list[str] = field(default_factory=list)
 
-    def commit(self, repo: str, change: Change, kind: Kind = Kind.MODEL) -> str:
+    def commit(self, repo: str, change: Change, kind: RepoKind = RepoKind.MODEL) -> str:
         self.nonces.append(change.nonce)
         if self.races:
             self.races -= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hubfusion.errors import Conflict, Corrupt, Forbidden, HubError, NotFound
-from hubfusion.hub import Change, Kind, connect
+from hubfusion.hub import Change, RepoKind, connect
 from hubfusion.hub import client as hub_client
 from hubfusion.hub.client import HubClient
 from hubfusion.lineage import RemoteFile, Revision
@@ -121,7 +121,7 @@ def test_a_lost_answer_is_found_even_when_others_committed_after_it(
     faults.rule = rule
     original, ann._landed = ann._landed, None  # type: ignore[method-assign, assignment]
 
-    def landed_after_somebody_else(repo: str, planned: Change, kind: Kind) -> str | None:
+    def landed_after_somebody_else(repo: str, planned: Change, kind: RepoKind) -> str | None:
         other.commit(repo, Change("later", other.resolve(repo).sha, "n9", {"b.txt": b"2"}))
         return original(repo, planned, kind)
 

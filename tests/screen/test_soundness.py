@@ -10,7 +10,7 @@ import pytest
 from hubfusion.codec import dumps
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Contribution, Reason, Revision
-from hubfusion.screen import Bounds, Report, examine
+from hubfusion.screen import Bounds, SoundnessReport, examine
 from tests.tiny import Tensors, base_tensors, finetuned, sharded, weights, write_folder
 
 WORDS = "bert.embeddings.word_embeddings.weight"
@@ -40,7 +40,7 @@ class Batch:
             self.add(finetuned(base_tensors(), seed))
         return self
 
-    def examine(self, **options: Any) -> Report:
+    def examine(self, **options: Any) -> SoundnessReport:
         return examine(self.base, self.entries, seed=7, **options)
 
 
@@ -49,11 +49,11 @@ def batch(tmp_path: Path) -> Batch:
     return Batch(tmp_path)
 
 
-def reasons(report: Report) -> dict[str, Reason]:
+def reasons(report: SoundnessReport) -> dict[str, Reason]:
     return {r.revision.repo.partition("/")[0]: r.reason for r in report.rejected}
 
 
-def detail(report: Report) -> str:
+def detail(report: SoundnessReport) -> str:
     assert len(report.rejected) == 1, report.rejected
     return report.rejected[0].detail
 

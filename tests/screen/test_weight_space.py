@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from hubfusion.lineage import Reason, Rejected, Revision
-from hubfusion.screen import Measure, Report
+from hubfusion.screen import Measure, SoundnessReport
 from hubfusion.screen.weight_space import centroid_distances, clusters, draw, lines, plane
 
 
-def report(norms: list[float], cosines: list[list[float]], out: tuple[int, ...] = ()) -> Report:
+def report(norms: list[float], cosines: list[list[float]], out: tuple[int, ...] = ()) -> SoundnessReport:
     revisions = [Revision(f"user{i}/model", f"{i:040x}") for i in range(len(norms))]
     measures = tuple(
         Measure(r, r.repo[:5], n, n / 100, 0.0, 0.1, 1000.0, "whole backbone", {"a": 1.0}, "v1", {"v1": n})
         for r, n in zip(revisions, norms, strict=True)
     )
     rejected = tuple(Rejected(revisions[i], "x", Reason.OUTLIER, "too long") for i in out)
-    return Report(measures, tuple(tuple(row) for row in cosines), rejected, 5.0, 1000, 1)
+    return SoundnessReport(measures, tuple(tuple(row) for row in cosines), rejected, 5.0, 1000, 1)
 
 
 def test_distances_to_the_centroid_of_a_right_angle() -> None:

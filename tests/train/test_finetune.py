@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finetune_learns_and_loads_with_plain_transformers(base, tmp_path):
     from transformers import pipeline
 
-    steps: list[train.Progress] = []
+    steps: list[train.TrainingProgress] = []
     result = train.finetune(base, make_data(), replace(QUICK, seed=4), tmp_path / "out", steps.append)
     assert result.test >= 90
     assert (result.metric, result.examples, result.steps) == ("accuracy", 96, 36)

@@ -25,7 +25,7 @@ from hubfusion.errors import EvaluationError, FusionError, HubError
 from hubfusion.evaluate.engines import Group, make_groups, refuse_lost
 from hubfusion.evaluate.results import fetch_results
 from hubfusion.evaluate.units import Result, Unit, parse_result
-from hubfusion.hub import Hub, Job, Kind
+from hubfusion.hub import Hub, HubJob, RepoKind
 from hubfusion.lineage import Revision
 
 UV_IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
@@ -77,7 +77,7 @@ def read_lines(lines: Iterable[str], units: Mapping[str, Unit]) -> Iterator[tupl
 
 
 @dataclass(frozen=True, slots=True)
-class Jobs:
+class HubJobs:
     """Which jobs, and on whose account.
 
     ``results``: the dataset repository that they write to, with ``hub``'s token as their secret. ``namespace`` pays.
@@ -102,7 +102,7 @@ class Jobs:
     def measure(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
         """Measure the units in jobs: the engine. The jobs fetch the model themselves."""
         self._refuse_local(units)
-        self.hub.create(self.results, Kind.DATASET)
+        self.hub.create(self.results, RepoKind.DATASET)
         head = None
         groups = make_groups(units, self.most)
         waiting, running = deque(groups), dict[str, Group]()
@@ -114,7 +114,7 @@ class Jobs:
                 time.sleep(self.poll_seconds)
                 # States first: what a job had written when it was over is then read.
                 states = {key: self.hub.job_state(self.namespace, key) for key in running}
-                before, head = head, self.hub.resolve(self.results, kind=Kind.DATASET)
+                before, head = head, self.hub.resolve(self.results, kind=RepoKind.DATASET)
                 if head != before or any(s.over for s in states.values()):
                     yield from self._collect(head, list(running.values()))
                 for key, state in states.items():
@@ -140,7 +140,7 @@ class Jobs:
         command = (*self.program, "measure", order, "--results", self.results, "--every", str(self.push_seconds))
         nonce = secrets.token_hex(8)
         return self.hub.start_job(
-            Job(self.namespace, self.image, command, self.flavor, self.seconds, nonce, self.environment)
+            HubJob(self.namespace, self.image, command, self.flavor, self.seconds, nonce, self.environment)
         )
 
     def _salvage(self, key: str, group: Group) -> Generator[tuple[Unit, Result], None, str]:
