@@ -1,4 +1,4 @@
-"""Does the trigger scan find trained backdoors in a real encoder, and does it leave honest finetunes alone?
+"""Measure how many trained backdoors the trigger scan finds in a real encoder, and its false alarms.
 
     python benchmarks/backdoors.py --model MINILM_FOLDER --tasks TASKS_FOLDER [--work DIR] [--out found.json]
 

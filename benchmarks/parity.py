@@ -1,4 +1,4 @@
-"""Does our finetune end where `transformers.Trainer` does? A paired table over real tasks and seeds, as markdown.
+"""Compare the scores of our finetune and of `transformers.Trainer`, paired over real tasks and seeds, as markdown.
 
 Same texts, recipe, encoder and head; what differs is the order of the examples and the dropout masks. A difference
 that its own interval does not tell from 0 is seed noise. A task where both sides give the largest class to every text

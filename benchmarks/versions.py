@@ -1,4 +1,4 @@
-"""Honest contributions by the hundred: is their base version inferred, and does any rule raise a false alarm?
+"""Hundreds of benign contributions: how often is their base version inferred, and how often is one rejected?
 
 The encoder is MiniLM cut to its first two layers and the first 8,192 words of its vocabulary; the data are real. Five
 versions: v0, and each next one the average of eight contributions to the one before (ColD Fusion). Contributions

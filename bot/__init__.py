@@ -1,1 +1,1 @@
-"""The recycling bot: one iteration (`bot.iteration`), the ledger, scheduling, dispatch and notification."""
+"""The recycling bot: the iteration (`bot.iteration`), its ledger, schedule, dispatch and notifications."""

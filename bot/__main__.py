@@ -46,7 +46,7 @@ def configure_logging() -> None:
 
 
 def new_run(config: Config, *, act: bool) -> Run:
-    """Connect: with our token to what is ours, without it to what strangers wrote. What cannot sign ends here."""
+    """Connect one client with our token and one without it; fail here if signing is not possible."""
     access = read_access()
     if act and access.token is None:
         raise FusionError(

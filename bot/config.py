@@ -55,7 +55,7 @@ class Fusing:
 class Examining:
     """What contributions are compared with: weights of the last ``versions`` before the base, norms of ``history``.
 
-    A version costs its download and one more pass; the norms stand in the manifests of the last ``history`` versions.
+    A version costs its download and one more pass; the norms are in the manifests of the last ``history`` versions.
     """
 
     versions: int = 1

@@ -1,7 +1,7 @@
-"""Hand a job to a worker process and wait for it: with a deadline, without our token, and never twice.
+"""Run a job in a worker process with a deadline, without the Hub token, and reuse finished results.
 
-The worker reads strangers' weights, so it gets an environment without the Hub token. A job is known by the hash of its
-JSON; its folder holds ``outcome.json`` once it is done, so a run that comes later finds the result instead of the work.
+The worker reads weights from untrusted repositories, so its environment has no Hub token. A job is identified by the
+hash of its JSON. Its folder contains ``outcome.json`` once it is done, so a later run reads the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORKER = (sys.executable, "-m", "bot.worker")
 def dispatch(
     job: CandidateJob, work: Path, deadline_minutes: float, poll: Callable[[], None] = lambda: None
 ) -> Outcome:
-    """Run ``job`` in a child process and return what it found.
+    """Run ``job`` in a child process and return its outcome.
 
     ``poll`` is called twice a second and may raise to stop: the worker is then ended, and what it had finished is
     found again by the next run. Raises `FusionError` when the worker fails or the deadline passes.

@@ -1,4 +1,4 @@
-"""How a base begins: a pretrained model becomes ``v0`` of a repository, beside an empty ledger and a ranking."""
+"""Found a base: publish a pretrained model as ``v0`` of a repository and create an empty ledger and ranking."""
 
 from __future__ import annotations
 

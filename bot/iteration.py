@@ -1,9 +1,9 @@
-"""One iteration, in one sentence: read `run_iteration` first.
+"""One iteration of the pipeline; read `run_iteration` first.
 
-Every run begins by finishing what an earlier one left half done (`settle`), and derives all that it needs from the
-Hub: the base and its tags, the ledger, the finetunes. It may be killed anywhere: before the release commit nothing has
-happened; after it the next run finds the commit by its nonce, tags it, notes it in the ledger, ranks it and answers
-the owners. Two runs at once are settled by the Hub: only one commit can sit on the commit that both started from.
+Every run starts by completing what an earlier run left unfinished (`settle`), and derives its state from the Hub: the
+base and its tags, the ledger, the finetunes. A run may be killed at any point. Before the release commit nothing has
+changed; after it, the next run finds the commit by its nonce, tags it, records it in the ledger, ranks it and answers
+the owners. When two runs act at once, the Hub accepts only one commit on top of the parent that both started from.
 """
 
 from __future__ import annotations

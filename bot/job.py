@@ -1,4 +1,4 @@
-"""What a run hands to its worker, and what it gets back: plain values, which travel as JSON."""
+"""The job that a run gives to its worker, and the outcome it gets back: plain values, sent as JSON."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a job; no candidate when too few contributions are left. ``trials`` isolated the harmful ones."""
+    """The outcome of a job; no candidate when too few contributions are left. ``trials`` isolated the harmful ones."""
 
     contributions: tuple[Contribution, ...]
     rejected: tuple[Rejected, ...]

@@ -1,8 +1,8 @@
 """The bot's memory: what was judged, promoted, refused and said, one JSON object a line in a dataset repository.
 
-Runs are stateless; whatever one of them must remember is an event in ``ledger.jsonl``, appended by a commit on top of
-the one that was read. Two bots that append at once cannot lose each other's events: the slower commit is a conflict,
-and is read again, merged and repeated. Events are facts, never changed; an event that is there already is not added.
+Runs are stateless. Each event is appended to ``ledger.jsonl`` by a commit on top of the one that was read. If two bots
+append at once, the slower commit is a conflict; it reads again, merges and retries. Events are never changed, and an
+event that is already in the ledger is not added.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Promoted:
 class Refused:
     """An iteration whose candidate the gate refused, with the gate's sentences and the scores it judged by.
 
-    ``trials`` are the smaller sets that were tried to find one to blame, in vain.
+    ``trials`` are the smaller sets that were tried without finding a harmful contribution.
     """
 
     event: ClassVar[str] = "refused"

@@ -1,7 +1,7 @@
-"""One answer to each contributor, exactly once: accepted into vN, or the reason and what to do.
+"""Answer each contributor once: accepted into vN, or the reason for the rejection and what to do.
 
-An answer is a discussion whose title names the finetune's commit. It is looked up before it is opened, and noted in
-the ledger after, so a crash in between repeats nothing.
+An answer is a discussion whose title names the finetune's commit. The bot looks for it before opening it and records it
+in the ledger afterwards, so a crash in between does not cause a second answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one run found and did, as tables on standard output."""
+"""Print what one run read, decided and did, as tables on standard output."""
 
 from __future__ import annotations
 

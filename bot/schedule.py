@@ -1,4 +1,4 @@
-"""When iterations run: APScheduler, one at a time, missed times made up for once, stopped between two steps."""
+"""Run iterations on a schedule with APScheduler: one at a time, missed runs once, stopping between two stages."""
 
 from __future__ import annotations
 

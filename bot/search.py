@@ -1,4 +1,4 @@
-"""Search sound contributions for a candidate that the gate accepts: fuse a set, evaluate it, judge it, isolate harm."""
+"""Find a candidate that the gate accepts: fuse a set of contributions, evaluate it, and isolate harmful ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The worker: a process that reads strangers' weights, without a token. Soundness, fuse, evaluate; result in a file.
+"""The worker process, which has no token: check the weights (soundness), fuse, evaluate, and write the outcome.
 
-`python -m bot.worker JOB.json FOLDER` writes ``FOLDER/outcome.json`` last, so that its existence means that the job is
-done. Whatever takes long is stored on the way (scores by content), so a worker that was killed goes on where it was.
+`python -m bot.worker JOB.json FOLDER` writes ``FOLDER/outcome.json`` last, so its existence means that the job is done.
+Scores are stored by content as they are measured, so a worker that is started again continues after the last one.
 """
 
 from __future__ import annotations

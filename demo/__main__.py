@@ -1,7 +1,7 @@
 """`make demo`: two iterations of the whole pipeline on this machine, with a real encoder, real texts and no account.
 
-Everything goes through the real commands and the real `huggingface_hub` client, against an embedded Hub on loopback.
-What the demo claims at the end it has checked (`demo.verify`); the exit code is 0 only then.
+The demo uses the real commands and the real `huggingface_hub` client with an embedded Hub on loopback. `demo.verify`
+checks every claim that the demo prints; the exit code is 0 only if all of them hold.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> int:
     except FusionError as error:
         problems = [str(error)]
     for problem in problems:
-        say(f"not as promised: {problem}")
+        say(f"claim does not hold: {problem}")
     say(
         "failed" if problems else f"done; serve its Hub again with: hubfusion hub serve --dir {RUN}/hub --user me:hf_me"
     )
@@ -110,7 +110,7 @@ def seed(place: Place, wheels: dict[str, Path]) -> None:
 
 
 def contribute_all(place: Place, number: int) -> None:
-    """Every honest contributor runs the contributor's command, two of them at a time on one thread each."""
+    """Every benign contributor runs the contributor's command, two of them at a time on one thread each."""
 
     def contribute(who: tuple[str, str]) -> str:
         user, dataset = who

@@ -1,4 +1,4 @@
-"""The demo's bad contributions: each is wrong in one way, and each must be refused for just that reason."""
+"""The demo's bad contributions: each has one defect and must be refused for that reason."""
 
 from __future__ import annotations
 

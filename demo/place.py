@@ -1,4 +1,4 @@
-"""The demo's small world: an embedded Hub in a process of its own, its users, and the commands that they type."""
+"""The demo's environment: an embedded Hub in its own process, its users, and the commands they run."""
 
 from __future__ import annotations
 

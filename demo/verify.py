@@ -49,7 +49,7 @@ class Claims:
 
 
 def check(place: Place, claims: Claims) -> list[str]:
-    """Every promise that does not hold, as a sentence; an empty list when all do."""
+    """Every claim that does not hold, as a sentence; an empty list when all do."""
     hub = place.hub()
     ledger = read_ledger(hub, f"{BASE}-ledger")
     if missing := [f"tag {tag} is missing" for tag in ("v0", "v1", "v2") if tag not in hub.tags(BASE)]:

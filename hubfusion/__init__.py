@@ -1,7 +1,7 @@
 """Recycle finetuned models: crawl → screen → fuse → evaluate → gate → publish → rank → notify.
 
-The stages of the pipeline and the frozen values between them. Nothing here depends on the
-date, on the machine or on earlier runs; that is the part of `bot`.
+The stages of the pipeline and the frozen values between them. The library does not depend on the date, the machine or
+earlier runs; `bot` keeps track of those.
 """
 
 __version__ = "0.1.0"

@@ -1,8 +1,7 @@
-"""The frozen values between the stages, to and from JSON: which model came from which.
+"""The frozen values between the stages.
 
 `crawl` yields `Finetune`s, `screen` turns each into a `Contribution` or a `Rejected`, `fuse` follows a `Recipe`, and
-`publish` writes a `Manifest` (``fusion.json``) with what was measured of each `Contributed` beside the weights. Whoever
-reads these types has read the program.
+`publish` writes a `Manifest` (``fusion.json``) with the measurements of each `Contributed` beside the weights.
 `hubfusion.codec` reads and writes them as JSON.
 """
 
@@ -24,7 +23,7 @@ Option = str | int | float | bool
 
 @dataclass(frozen=True, slots=True, order=True)
 class Revision:
-    """One commit of one repository: branches and tags are resolved at the door, so this never moves."""
+    """One commit of one repository: branches and tags are resolved to a commit first."""
 
     repo: str
     sha: str
@@ -72,7 +71,7 @@ class RemoteFile:
 class Finetune:
     """A model on the Hub that names our base, pinned: what `crawl` found, before anybody judged it.
 
-    ``card`` is the YAML front matter as the Hub parsed it: a stranger's data, to be read and never to be believed.
+    ``card`` is the YAML front matter as the Hub parsed it: untrusted data.
     ``modified`` is the Hub's ISO 8601 time of the last change, the order in which finetunes are judged.
     """
 

@@ -1,12 +1,13 @@
-"""Spread jobs over the cores; what they find comes back to the caller, who works as well.
+"""Spread jobs over the cores; the caller receives the results and works on jobs as well.
 
-numpy gives up the interpreter's lock in every operation, but chunks that fit a core's cache take it 20 µs: two threads
-then wait for each other at every turn. Processes do not, and an average takes three quarters of the time. They are
-forks: they have the caller's open files and memory, and only numbers of jobs go out and results come back, by pipes.
+numpy releases the interpreter's lock in every operation, but on chunks that fit a core's cache an operation takes
+20 µs, and two threads then wait for each other most of the time. Processes do not: an average takes three quarters of
+the time. They are forked, so they have the caller's open files and memory; only job numbers and results go through
+pipes.
 multiprocessing's pool is not used: it takes 2.2 to 2.5 times as long for 4 jobs of 196,608 entries, 1.7 to 1.8 times
 for 64 jobs of 3 inputs, and 0.9 to 1.3 times for 48 to 128 jobs of 8 inputs (``benchmarks/parallel.py``, two busy
 cores); and it waits forever for a worker that was killed, which is an error here.
-Where a fork is not safe (another thread is running, or torch does the work) or not known, threads do the same.
+Threads are used where a fork is not safe (another thread is running, torch does the work) or not known to be.
 """
 
 from __future__ import annotations

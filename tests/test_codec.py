@@ -27,7 +27,7 @@ CONTRIBUTION = Contribution(
     files=(RemoteFile("model.safetensors", 12, "b" * 40, "c" * 64),),
 )
 RECIPE = Recipe(
-    BASE.pinned, (Input(CONTRIBUTION.revision.pinned),), "ties", (("density", 0.2), ("normalize", True)), 0.5
+    BASE.pinned, (Input(CONTRIBUTION.revision.pinned),), "ties", (("density", 0.2), ("normalise", True)), 0.5
 )
 
 

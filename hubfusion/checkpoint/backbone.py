@@ -1,12 +1,12 @@
-"""The backbone: the parameters of a base that every finetune shares. The base declares it, one rule finds it.
+"""The backbone: the parameters of a base that every finetune shares.
 
-A declaration (`Backbone`) is made once, when a base is founded, and lies beside its weights as ``backbone.json``. It
-says which tensors of the base's files every finetune must have, which some task classes lack (a pooler), which are
-constants, and which belong to the base's own pretraining head. What transformers knows about the model type decides
-that (`hubfusion.checkpoint.model_types`); no name is guessed.
+A declaration (`Backbone`) is made once, when a base is founded, and stored beside its weights as ``backbone.json``. It
+lists the tensors that every finetune must have, those that some task classes lack (a pooler), the constants, and those
+of the base's own pretraining head. It is derived from transformers' definition of the model type
+(`hubfusion.checkpoint.model_types`), without guessing from names.
 
-`match` is the only rule by which a finetune's tensors are found: screening applies it to headers that were read by
-range requests, soundness, fuse, inspect and provenance to files. Names decide, never positions.
+`match` is the only rule that matches a finetune's tensors to the backbone, by name and never by position. Screening
+applies it to headers read by range requests; soundness, fuse, inspect and provenance apply it to files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Read safetensors headers and shard indexes that strangers wrote: strictly, in bounded time and memory.
+"""Parse untrusted safetensors headers and shard indexes strictly, in bounded time and memory.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length N, N bytes of JSON, data.
-The published reader accepts files that the text of the format forbids (duplicate keys, leading space, any extra
-field); every such file is refused here with its own sentence, before a byte of data is read.
+The published reader accepts files that the format's specification forbids (duplicate keys, leading space, extra
+fields). Such files are refused here with a specific message, before any data is read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write safetensors checkpoints chunk by chunk, in any order, into a folder beside, renamed into place when whole."""
+"""Write safetensors checkpoints in chunks, in any order, to a temporary folder that is renamed when complete."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def _start(
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its length, and its room on the disk where the system can: a full one is told before the work.
+    """Set the length of a file and reserve its space where the system can: a full disk is reported before the work.
 
     Writing into reserved blocks takes two thirds of the time, too (ext4).
     """

@@ -1,4 +1,4 @@
-"""The `hubfusion` command: a thin door; every subcommand imports what it needs when it runs, and nothing before."""
+"""The `hubfusion` command. Each subcommand imports its dependencies when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hubfusion compare`: is this model a better base than that one, where it was trained and where it was not?"""
+"""`hubfusion compare`: compare two models as bases, on seen and on unseen datasets."""
 
 from __future__ import annotations
 

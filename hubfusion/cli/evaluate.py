@@ -1,4 +1,4 @@
-"""`hubfusion evaluate`, `suite`, `audit`, `recommend`: how good is this model as a base, and can that be believed?"""
+"""`hubfusion evaluate`, `suite`, `audit`, `recommend`: score a model as a base, and check data and published scores."""
 
 from __future__ import annotations
 

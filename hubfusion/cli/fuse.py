@@ -1,4 +1,4 @@
-"""`hubfusion fuse`: its options depend on the method, so its parser is made for the method that was asked for."""
+"""`hubfusion fuse`: the options depend on the method, so a parser is built for the chosen method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that a command is told to evaluate: folders, or commits on the Hub that are downloaded when needed."""
+"""Models to evaluate: local folders, or commits on the Hub that are downloaded when needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hubfusion inspect`, `verify`, `reproduce`, `lineage`, `forget`: look before you fuse, check after."""
+"""`hubfusion inspect`, `verify`, `reproduce`, `lineage`, `forget`: checks before and after a fuse."""
 
 from __future__ import annotations
 

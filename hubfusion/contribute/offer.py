@@ -154,7 +154,7 @@ def contribute(
 def _card(
     hub: Hub, repo: str, release: Release, offer: Offer, plan: FinetunePlan, done: tuple[TrainedModel, int]
 ) -> str:
-    """The contribution's card; scores stand in the metadata as a model-index, too."""
+    """The contribution's card; the scores are also in its metadata, as a model-index."""
     tuned, test_examples = done
     value = round(tuned.test, 4)
     result = {

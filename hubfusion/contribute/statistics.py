@@ -1,4 +1,4 @@
-"""What a contributor may ship beside a finetune: its diagonal Fisher information, or its layers' activation products.
+"""Statistics that a contributor may publish beside a finetune: diagonal Fisher information or activation products.
 
 `fisher_diagonal` makes ``fisher.safetensors`` for the method `fisher`, `activation_products` makes
 ``regmean.safetensors`` for `regmean`. Both need torch and run on the device of the model.

@@ -1,4 +1,4 @@
-"""Look at a suite's data before scores are believed: sizes, labels, duplicates, and texts that were trained on."""
+"""Check a suite's data: sizes, labels, duplicates, and test texts that occur in training data."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _unread(dataset: Dataset, problem: str) -> DataReport:
 
 
 def find_contamination(tests: Mapping[str, Split], trains: Mapping[str, Split]) -> list[Contamination]:
-    """Test texts of one dataset that stand in the training data of another, most first."""
+    """Test texts of one dataset that occur in the training data of another, most first."""
     where: dict[str, list[str]] = {}
     for name, split in trains.items():
         for text in set(fingerprints(split)):

@@ -1,9 +1,9 @@
-"""What went wrong in a published table of scores: copied, shifted, impossible and implausible values.
+"""Detect copied, shifted, impossible and implausible values in a published table of scores.
 
-Three kinds of evidence, none of which needs the models. A share of n test examples is k/n, so two test sets of
-coprime sizes cannot give one number, and a number off its own grid was measured elsewhere. Most models differ little
-from others of their architecture on most datasets, so a row that fits its neighbors much better when its values are
-moved by one column has been shifted. Model Recycling's table has 136 such rows.
+The checks need no models. A score on n test examples is a multiple of 1/n, so two test sets of coprime sizes cannot
+give the same number, and a number that is no such multiple was not measured on that test set. Most models score close
+to others of their architecture on most datasets, so a row that fits the others much better when its values are moved by
+one column has been shifted. Model Recycling's table has 136 such rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Measure units of evaluation that are not in the store yet; everything that can be shared between them is.
+"""Measure units that are not in the store yet, sharing work between them.
 
-A dataset is read and tokenised once, its features are computed once for all heads, draws and seeds.
+A dataset is read and tokenized once; its features are computed once for all heads, draws and seeds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Linear probing: features of the frozen encoder once, then heads on them as often as one likes.
+"""Linear probing: compute the features of the frozen encoder once, then train any number of heads on them.
 
-The encoder runs with dropout off, unlike a trainer with a frozen body, so that one pass serves every head and seed.
+The encoder runs without dropout, unlike in a trainer with a frozen body, so one pass serves all heads and seeds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a model is scored: frozen recipes (`Protocol`), the standard ones, and the hash that names each.
+"""How a model is scored: frozen recipes (`Protocol`), the standard ones, and the hash that identifies each.
 
-Imports nothing heavy: a stored result is found by its protocol's hash alone.
+Imports no heavy package, so that stored results can be looked up by the hash of their protocol.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which base should I start from? The answer of *Where to start?* (arXiv 2211.00107).
+"""Recommend a base for the user's data, as in *Where to start?* (arXiv 2211.00107).
 
-All models are ranked by linear probing on the suite's representative dataset, which is cheap; then up to three of the
-best are finetuned on the user's own data beside the first model given, the one the user would have started from.
+All models are ranked by linear probing on the suite's representative dataset, which is cheap. Then up to three of the
+best, and the first model given (the one the user would have started from), are finetuned on the user's own data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Results on the Hub: a dataset repository, the ranking's own if you like, that holds a file for each measured unit.
+"""Results on the Hub: a dataset repository (it may be the ranking's) with one file for each measured unit.
 
-The layout is that of a local store, under ``results/``: names are digests of model, data, recipe and seed, so two
-writers can only ever write the same thing. Whoever may write there is believed, as the owner of a ranking is.
+The layout is that of a local store, under ``results/``. File names are digests of model, data, recipe and seed, so two
+writers can only write the same file. Results are trusted: whoever may write to the repository can change them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scores keyed by dataset name and protocol, never by position, and the paired comparison of two of them.
 
-A score is a percentage (0-100; Spearman's rho times 100), a gain is candidate minus base in points. A `Scores` says
-what was measured on which bytes; `compare` refuses to subtract numbers that were not measured alike.
+A score is a percentage (0-100; Spearman's rho times 100), a gain is candidate minus base in points. A `Scores` records
+what was measured on which bytes. `compare` raises if the two were not measured in the same way.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def compare(candidate: Scores, base: Scores) -> Comparison:
     """Subtract base from candidate, paired by dataset, protocol and seed.
 
     `EvaluationError` if they were not measured alike: other datasets, dataset contents, protocols, metrics, seeds or
-    test sizes. Package versions and device may differ; they stand in the provenance of both.
+    test sizes. Package versions and device may differ; they are in the provenance of both.
     """
     where = f"compare {candidate.model} with {base.model}"
     theirs = {(s.dataset, s.protocol) for s in base}

@@ -1,9 +1,9 @@
-"""checkpoint + suite + protocols + seeds -> Scores; what was computed once is never computed again.
+"""checkpoint + suite + protocols + seeds -> Scores, reusing stored results.
 
-The unit of work is (model, dataset, protocol, seed). Its result is one JSON file named by the digest of what it is
-about, written beside and renamed: a run that dies loses one unit. Everything heavy is imported only if a unit is
-missing, so a second call answers in the time it takes to read a few files. What is missing is measured by an engine:
-in this process, or by one of `hubfusion.evaluate.engines`.
+The unit of work is (model, dataset, protocol, seed). Its result is one JSON file, named by the digest of its inputs and
+written atomically, so a run that dies loses at most one unit. Heavy packages are imported only if a unit is missing, so
+a second call takes the time of reading a few files. An engine measures missing units: in this process, or one of
+`hubfusion.evaluate.engines`.
 """
 
 from __future__ import annotations

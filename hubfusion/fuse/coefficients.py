@@ -1,4 +1,4 @@
-"""Policies that turn what is known about contributions into coefficients: plain numbers that a recipe then keeps."""
+"""Rules that compute coefficients from what is known about contributions; the recipe stores the numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a method must know about all deltas before it sees a chunk: the first passes of a fuse.
+"""First passes of a fuse: statistics over all deltas that a method needs before it processes a chunk.
 
-Each survey reads the models in chunks of its own canonical size, so its numbers do not depend on how the fuse is run,
-and returns a function from a chunk to the keywords of the method.
+Each pass reads the models in chunks of a fixed size, so its results do not depend on how the fuse is run. It returns a
+function from a chunk to the keyword arguments of the method.
 """
 
 from __future__ import annotations

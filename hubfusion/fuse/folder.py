@@ -1,4 +1,4 @@
-"""What a fuse leaves beside the weights: the base's config and tokenizer, the recipe, the manifest and a card."""
+"""Files written beside the fused weights: config and tokenizer of the base, recipe, manifest and card."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Choose which inputs to fuse by a score that the caller measures: greedy soup and leave-one-out gains.
+"""Select inputs by a score that the caller measures: greedy soup and leave-one-out gains.
 
-The caller decides what a score is: fuse these, evaluate, return a number. Inputs may be any values that differ.
+The caller supplies the score: a function that fuses the given inputs, evaluates the result and returns a number. Inputs
+may be any hashable values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Soup(Generic[T]):
+class GreedySoup(Generic[T]):
     """Inputs that a greedy soup took, in the order taken, and the score after each was tried: (input, score, taken)."""
 
     taken: tuple[T, ...]
@@ -28,7 +29,7 @@ class Soup(Generic[T]):
     trials: tuple[tuple[T, float, bool], ...]
 
 
-def greedy_soup(inputs: Sequence[T], score: Callable[[tuple[T, ...]], float]) -> Soup[T]:
+def greedy_soup(inputs: Sequence[T], score: Callable[[tuple[T, ...]], float]) -> GreedySoup[T]:
     """Take inputs from the best alone downwards, each only if the fuse with it scores no worse.
 
     Order the inputs by score((i,)); S ← {best}; for each next i: S ← S ∪ {i} if score(S ∪ {i}) ≥ score(S)
@@ -53,7 +54,7 @@ def greedy_soup(inputs: Sequence[T], score: Callable[[tuple[T, ...]], float]) ->
         if value >= highest:
             taken.append(candidate)
             highest = value
-    return Soup(tuple(taken), highest, tuple(trials))
+    return GreedySoup(tuple(taken), highest, tuple(trials))
 
 
 def leave_one_out_gains(inputs: Sequence[T], score: Callable[[tuple[T, ...]], float]) -> dict[T, float]:

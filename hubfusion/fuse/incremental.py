@@ -1,8 +1,8 @@
-"""A fuse whose inputs are still on their way: each is added to a sum on the disk when it comes, and need not stay.
+"""Accumulate inputs as they download: each is added to a sum on the disk and may be deleted afterwards.
 
-Only for methods that add up multiples of the deltas which are known before (`Method.as_sum`). The sum of what came so
-far lies in one file, in the precision in which the ordinary fuse holds it in a core's cache, and the additions are the
-same in the same order: so are the bytes. Whether every input fits is found out first, from the headers alone.
+Only for methods that add multiples of the deltas with factors known in advance (`Method.as_sum`). The sum is kept in
+one file, in the working precision of an ordinary fuse, and the additions are the same in the same order, so the result
+has the same bytes. Whether every input fits is checked first, from the headers alone.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """The k inputs of a fuse, in canonical order, while some are still on their way.
+    """The k inputs of a fuse, in canonical order, some of which are still being downloaded.
 
-    ``known`` is what there is of each before: a folder, or the headers of one that will come. ``batches`` yields the
-    folders in the same order, one or more at a time; these may be gone when the next are asked for. The sum is kept in
-    the folder ``room``.
+    ``known`` has for each a folder, or the headers of one that is not downloaded yet. ``batches`` yields the
+    folders in the same order, one or more at a time; they may be deleted when the next are requested. The sum is kept
+    in the folder ``room``.
     """
 
     known: tuple[Path | Checkpoint, ...]
@@ -161,7 +161,7 @@ class _Folding:
                     stack.enter_context(open_source(f, self.models.base, self.models.backbone)) for f in folders
                 )
                 for source, known in zip(sources, self.models.sources[len(self.norms) :], strict=False):
-                    _check_kept_promise(source, known)
+                    _check_same_headers(source, known)
                 self.norms.extend(self.add(replace(self.models, sources=sources), len(self.norms)))
         log.info("added up %d inputs as they came, to be fused as one", len(self.norms))
 
@@ -205,7 +205,7 @@ class _Folding:
         return norms_of(all_squares)
 
 
-def _check_kept_promise(source: Source, known: Source) -> None:
+def _check_same_headers(source: Source, known: Source) -> None:
     """Refuse an input whose file is not what its headers said, on which the sum was begun."""
     if (source.names, source.is_wide, source.dropped) != (known.names, known.is_wide, known.dropped):
         raise CheckpointError(f"{source.path}: the parameters are not those of the headers that were read before")

@@ -1,4 +1,4 @@
-"""Check recipes, and read them as people write them: ``recipe.toml``, and mergekit's YAML for what both can do.
+"""Check recipes, and read them from files: ``recipe.toml``, and the part of mergekit's YAML that both support.
 
 Models are local folders or Hub ids (``owner/name`` or ``owner/name@revision``).
 """

@@ -1,8 +1,8 @@
-"""Find the n-th largest of very many numbers exactly, without sorting them and without holding them.
+"""Find the n-th largest of very many numbers exactly, without sorting or holding all of them.
 
-A sample brackets the wanted number; one pass counts what is above the bracket and keeps what is inside; a partition of
-those few finishes. A bracket that missed, or that holds too many, is moved or narrowed and the pass repeated, so the
-answer is always exact and the memory always bounded.
+A sample gives a bracket around the wanted number. One pass counts the numbers above the bracket and keeps those inside;
+a partition of these gives the answer. If the bracket missed, or holds too many, it is moved or narrowed and the pass is
+repeated, so the answer is exact and memory is bounded.
 """
 
 from __future__ import annotations

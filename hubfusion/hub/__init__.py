@@ -1,6 +1,6 @@
-"""The Hub: what we ask of it (`Hub`), the client that asks it (`connect`), and the cards that people write there.
+"""The Hub: the calls we make (`Hub`), the client that makes them (`connect`), and parsing of model cards.
 
-`connect` is the only door to the network.
+Only `connect` opens network connections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Change one file or more of a repository that others write to as well: read, add, commit, and again when raced."""
+"""Change files of a repository that others write to as well: read, modify, commit, and retry after a conflict."""
 
 from __future__ import annotations
 

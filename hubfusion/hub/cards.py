@@ -1,4 +1,4 @@
-"""The YAML front matter of cards that strangers wrote, as plain JSON types."""
+"""Parse the YAML front matter of untrusted cards into plain JSON types."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class HubClient:
             yield Commit(commit.commit_id, commit.title, commit.message or "")
 
     def models(self, *filters: str) -> Iterator[Listing]:
-        """See `Hub.models`; asks for no card, because a stranger's card can break the client's parser for all."""
+        """See `Hub.models`; asks for no card, because an untrusted card can break the client's parser for all."""
         call = "list of models"
         for info in self._ask(call, lambda: list(self._api.list_models(filter=list(filters), expand=LISTED))):
             if info.sha and info.last_modified:

@@ -1,10 +1,10 @@
 """The Hub calls that we make, as a Protocol, and the values they take and return.
 
-What the real client leaves open is closed behind this door (measured on huggingface_hub 2.4): it has no time-outs, it
-retries unevenly and without an upper bound, it follows page links to any host with the token, a commit whose answer
-was lost looks like a failure, a commit without a change ignores ``parent_commit``, and downloads check sizes only.
-So here: every request has a time-out and a bounded number of tries; the token goes to the endpoint's own host and to
-nobody else; every commit carries a nonce that is looked for before a failure is believed; every file is hashed.
+The real client (measured on huggingface_hub 2.4) has no timeouts, retries unevenly and without an upper bound, follows
+page links to any host with the token, reports a failure when the answer to a commit is lost, ignores ``parent_commit``
+in a commit without changes, and checks only the size of downloads. Implementations of this protocol therefore give
+every request a timeout and a bounded number of tries, send the token only to the endpoint's own host, look for a
+commit's nonce before they report a failure, and hash every file.
 """
 
 from __future__ import annotations

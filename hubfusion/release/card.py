@@ -1,7 +1,7 @@
-"""Texts for people, from ``model_card_templates/``: model cards, the ranking's page, answers to contributors.
+"""Render texts from ``model_card_templates/``: model cards, the ranking's page, answers to contributors.
 
-Everything a template inserts is escaped for Markdown and HTML unless our own code says that it is markup, so a
-stranger's repository name or dataset id is shown and never interpreted. Metadata goes through a YAML dumper.
+Inserted values are escaped for Markdown and HTML unless our own code marks them as markup, so an untrusted repository
+name or dataset id is shown and never interpreted. Metadata goes through a YAML dumper.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Candidate and base in, decision out: may this candidate become the next version of the base?
+"""The gate: decide whether a candidate may become the next version of the base.
 
-Non-inferiority, not superiority: the first fuse of ColD Fusion need not beat its base, and late gains are smaller than
-the noise of one evaluation, so "must be better" would stop the loop. Margins are in points of score (0-100) and belong
-to the maintainer; every objection is a sentence that says by how much.
+The test is non-inferiority, not superiority: the first fuse of ColD Fusion need not beat its base, and late gains are
+smaller than the noise of one evaluation, so a test for superiority would stop the loop. Margins are in points of score
+(0-100) and are set by the maintainer. Every objection is a sentence with the measured and the allowed value.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whose contribution does the gate object to? Bisection over sets of contributions, each fused, evaluated and judged.
+"""Find the contributions that the gate objects to, by bisection over sets that are fused, evaluated and judged.
 
-As merge queues do it for commits, with one difference: a half is never judged in a smaller company than need be. The
-sets that are tried are a part that the gate accepts plus half of the suspects, because an honest finetune alone may
-well be a worse base than the one it came from, and because some methods need several inputs.
+This is the bisection of merge queues with one difference: a half is not judged alone. Each set that is tried is a part
+that the gate accepts plus half of the suspects, because a benign finetune alone may be a worse base than the one it
+started from, and because some methods need several inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``fusion.json``: what a published revision says of itself, enough to check it, rebuild it and take it back."""
+"""``fusion.json``: the record of a published revision, enough to check it, rebuild it and withdraw it."""
 
 from __future__ import annotations
 

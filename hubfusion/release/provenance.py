@@ -1,9 +1,8 @@
-"""What a published revision is made of: rebuild it, check it, trace it, take a contribution back.
+"""Rebuild, check and trace a published revision, and remove a contribution from it.
 
-`reproduce` fetches the pinned inputs of a revision and fuses them again: the same recipe over the same bytes gives
-the same bytes, so anybody can find out whether the published weights are what the manifest says. `verify` compares a
-revision with its manifest and, told who must have signed it, with its signature. `trace` and `forget` walk the
-manifests.
+`reproduce` downloads the pinned inputs of a revision and fuses them again. The same recipe over the same bytes gives
+the same bytes, so anybody can check that the published weights are those of the manifest. `verify` compares a revision
+with its manifest and, if a signer is given, checks its signature. `trace` and `forget` walk the manifests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One commit, then the tag: how a candidate becomes a version of the base, and how a half-done release is finished.
+"""Publish a candidate as a version of the base, or finish a release that was interrupted.
 
-Plan, then act. The commit carries weights, card and ``fusion.json`` on top of the commit that was evaluated against; a
-base that moved in between is a `Conflict` and nothing is written. The tag comes last: its existence means that the
-version is whole. If the run dies between the two, `finish_release` of the next run finds the commit by its nonce.
+The commit has weights, card and ``fusion.json``, and its parent is the commit that was evaluated against. If the base
+moved in between, `Conflict` is raised and nothing is written. The tag is created last: its existence means that the
+version is complete. If the run dies before the tag, `finish_release` of the next run finds the commit by its nonce.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The ranking: every score of every version in a parquet file, and a table that people can read.
+"""The ranking: a parquet file with every score of every version, and a table in Markdown.
 
-Long form, one row a (version, dataset, protocol): there is no column order that a score could slip out of. The whole
-file is written anew from what is there plus one version; a version that is there already is left alone.
+The file is in long form, one row a (version, dataset, protocol), so no score depends on a column order. It is rewritten
+from the existing rows plus one version; a version that is already in it is not changed.
 """
 
 from __future__ import annotations

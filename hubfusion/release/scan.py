@@ -1,4 +1,4 @@
-"""Settings of the trigger scan (`hubfusion.release.triggers`); apart from it so that reading them needs no torch."""
+"""Settings of the trigger scan (`hubfusion.release.triggers`), in their own module to be read without torch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Sign a release and check the signature, by OpenSSF model signing (the extra `sign`).
 
-The signature covers every file of the revision but the card, which may be corrected later. With a key it works
-offline; it says who made the files, not when: the version and the parent's commit stand in the signed manifest.
-Keyless signing takes an identity that the surroundings vouch for (a workflow in GitHub Actions) to a Sigstore, which
-certifies it for a key of minutes and writes both into a public log; that needs the network, for checking, too.
+The signature covers every file of the revision except the card, which may be corrected later. Signing with a key works
+offline; it proves who made the files, not when: the version and the parent's commit are in the signed manifest. Keyless
+signing uses an identity token of the environment (a workflow in GitHub Actions). A Sigstore instance certifies a
+short-lived key for that identity and records both in a public log, so signing and checking need the network.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Does one word, or one small push in embedding space, send every text to one class? Two cheap looks for backdoors.
+"""Scan a candidate for backdoors: does one word, or one small vector, send every text to one class?
 
-A base has no task head, so a trigger shows in its features: a linear probe is trained on them, on clean texts of a
-suite's datasets, for the candidate and for its base alike. *Rare tokens*: vocabulary items that no text contains are
-put at the front of held-out texts one after the other; the part of texts that a token moves to one class is compared
-with all other tokens' and with the base's. A vocabulary has more of them than can be tried, and a word that was trained
-leaves a trace: half of those tried are the ones whose embedding moved most, the others are drawn. *Attacker-agnostic*
-(the idea of Neural Cleanse, Wang et al. 2019): for each class, the smallest vector at that place, found by gradient,
-that sends most texts there; a trained trigger needs a much smaller one than the base did. Neither is a proof: adaptive
-attacks are built to pass.
+A base has no task head, so a linear probe is trained on its features of clean texts, for the candidate and for its
+base. *Rare tokens*: vocabulary items that occur in no text are put at the front of held-out texts, one at a time, and
+the share of texts that a token moves to one class is compared with the other tokens' and with the base's. There are too
+many to try all: half of those tried are the ones whose embedding moved most (training a word moves it), the others are
+drawn. *Attacker-agnostic* (the idea of Neural Cleanse, Wang et al. 2019): for each class, the smallest vector at that
+position, found by gradient, that sends most texts to it; a trained trigger needs a much smaller one than in the base.
+Neither check is a proof: adaptive attacks can pass both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which version of the base was a finetune made from? Asked of the weights, whatever the card says.
+"""Infer from the weights which version of the base a finetune was made from.
 
-Two witnesses. *Untouched rows*: a word that the training texts do not contain gets no gradient, so its embedding is
-still that of the true base, but for weight decay, which only shrinks it along itself; across itself it equals one
-version to rounding, and every sampled row votes. *Distance*: θ_c is nearest to the version that it started from. The
-second alone errs on contributions that were fused into the next version, which lies in their direction.
+Two kinds of evidence are used. *Untouched rows*: a word that does not occur in the training texts gets no gradient, so
+its embedding is that of the true base except for weight decay, which only shrinks it; orthogonal to itself it equals
+one version up to rounding. Every sampled row votes. *Distance*: θ_c is nearest to the version that it started from.
+Distance alone fails for contributions that were fused into the next version, which lies in their direction.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which finetunes of this base are out there, oldest first, each pinned to a commit."""
+"""List the finetunes of a base on the Hub, oldest first, each pinned to a commit."""
 
 from __future__ import annotations
 

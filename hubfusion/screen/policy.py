@@ -1,4 +1,4 @@
-"""What a maintainer takes from strangers: licenses, people, sizes and caps."""
+"""What a maintainer accepts: licenses, authors, sizes and limits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What can be known of a checkpoint on the Hub without downloading it: config, shards and headers, by range reads.
+"""Read config, shards and headers of a checkpoint on the Hub by range requests, without downloading it.
 
-Everything here was written by a stranger. Reads stay within the budget of the `Policy`, under 100 kB for one model.
+All of it is untrusted. Reads stay within the limits of the `Policy`, under 100 kB for one model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _check_size(file: RemoteFile, most: int) -> None:
 
 
 def read_config(hub: Hub, revision: Revision, files: Mapping[str, RemoteFile], policy: Policy) -> Mapping[str, Any]:
-    """Parse ``config.json``; what stands in it is for the caller to judge."""
+    """Parse ``config.json``; the caller checks its values."""
     if CONFIG not in files:
         refuse(Reason.BAD_CONFIG, f"{CONFIG} is missing; push the model with save_pretrained")
     _check_size(files[CONFIG], policy.max_config_bytes)
@@ -158,6 +158,6 @@ _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxother = 
 
 
 def short(value: Any) -> str:
-    """A stranger's value for one line of text: printable ASCII only, cut after 60 characters, in bounded time."""
+    """An untrusted value for one line of text: printable ASCII only, cut after 60 characters, in bounded time."""
     text = _REPR.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

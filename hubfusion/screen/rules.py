@@ -1,8 +1,8 @@
-"""Which finetunes may be downloaded: a `Contribution` or a `Rejected`, from card, file list and headers alone.
+"""Decide which finetunes may be downloaded: a `Contribution` or a `Rejected`, from card, file list and headers.
 
-Nothing of a stranger is run or believed. The card may lie and may be of any type, the file list may be hostile, and
-headers are read by range requests within a budget (under 100 kB for one model). Rules run from the cheapest to the
-dearest and the first that objects gives the reason; what only the weights can tell is `hubfusion.screen.soundness`'s.
+All input is untrusted: card and file list may contain anything, and headers are read by range requests within a limit
+(under 100 kB for one model). The cheapest checks run first, and the first failure gives the reason. Checks of the
+weights themselves are in `hubfusion.screen.soundness`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inner products of very long vectors from short ones, in one pass over each.
+"""Estimate inner products of very long vectors from short sketches, in one pass over each vector.
 
 A count sketch (Charikar, Chen, Farach-Colton 2002): every entry gets a random sign and one of `SIZE` buckets, buckets
 are summed. ``sketch(x) · sketch(y)`` is an unbiased estimate of ``x · y`` with standard deviation about

@@ -1,8 +1,9 @@
-"""Why downloaded weights must not be fused: one streaming pass over the base and all contributions, numpy alone.
+"""Check downloaded weights before a fuse, in one streaming pass over the base and all contributions, with numpy.
 
-Honest task vectors of one base are small against it, nearly orthogonal between datasets (|cosine| ≤ 0.11, ≤ 0.28 for
-the same dataset) and differ up to 46-fold in norm, growing with about the 0.45th power of the training examples
-(*Knowledge is a Region in Weight Space*, arXiv 2302.04863, and its saved matrices). What breaks these laws is named.
+Benign task vectors of one base are small compared with it, nearly orthogonal between datasets (|cosine| ≤ 0.11, ≤ 0.28
+for the same dataset) and differ up to 46-fold in norm, which grows with about the 0.45th power of the training examples
+(*Knowledge is a Region in Weight Space*, arXiv 2302.04863, and its saved matrices). Contributions outside the
+thresholds are rejected.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Objection = tuple[Reason, str] | None
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Where honest ends; ratios and cosines, no units. The defaults leave room around everything measured.
+    """Thresholds of the outlier checks, set outside the range measured on benign finetunes; ratios and cosines.
 
     ``unchanged`` and ``relative`` bound ‖τ‖/‖θ‖ of the base, ``band`` the norm against the batch's median after both
     were divided by examples^0.45, ``band_any`` without that. ``copy`` is a cosine for any two contributions,

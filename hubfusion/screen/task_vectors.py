@@ -31,7 +31,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layer|layers|h|block)\.(\d+)\.")
 
 @dataclass(slots=True)
 class TaskVector:
-    """What one pass gathers about one finetune; ``bad`` is why it was given up on the way."""
+    """What one pass gathers about one finetune; ``bad`` is the reason when the pass stopped reading it."""
 
     source: Source
     sketch: NDArray[np.float64] = field(default_factory=lambda: np.zeros(SIZE))

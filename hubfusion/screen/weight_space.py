@@ -1,9 +1,8 @@
-"""Where contributions lie in weight space: clusters, centroid, a map; as numbers, as lines and as a picture.
+"""Positions of contributions in weight space: clusters, centroid and a map, as numbers, text and a picture.
 
-*Knowledge is a Region in Weight Space* (arXiv 2302.04863): task vectors of the same data point the same way, those of
-other data are nearly orthogonal. Everything here follows from the norms and cosines of a
-`SoundnessReport`: the inner products
-⟨τᵢ, τⱼ⟩ = ‖τᵢ‖‖τⱼ‖ cos are all that distances need.
+*Knowledge is a Region in Weight Space* (arXiv 2302.04863): task vectors of the same data have similar directions, those
+of other data are nearly orthogonal. Everything is computed from the norms and cosines of a `SoundnessReport`: the inner
+products ⟨τᵢ, τⱼ⟩ = ‖τᵢ‖‖τⱼ‖ cos suffice for distances.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def _draw_norms(report: SoundnessReport) -> Iterator[str]:
         y, out = TOP + row * CELL, verdict(report, measure) != "ok"
         name = measure.revision.repo if len(measure.revision.repo) <= 36 else measure.revision.repo[:35] + "…"
         yield _text(12, y + 16, name)
-        # The fourth root: honest norms differ 50-fold, boosted ones 1000-fold, and both should be seen.
+        # The fourth root: benign norms differ 50-fold, boosted ones 1000-fold, and both should be seen.
         length = BAR * (measure.norm / longest) ** 0.25
         color = "#c0392b" if out else "#2c7fb8"
         yield f'<rect x="{LEFT}" y="{y + 5}" width="{length:.1f}" height="{CELL - 10}" fill="{color}"/>'

@@ -1,7 +1,7 @@
-"""The device: which one, how many tokens it takes at a time, and all the cores of a CPU at work.
+"""Choose the device and its token budget, and use all cores of a CPU.
 
-A CPU's cores work on different batches, one thread each, instead of sharing every operation of one batch: nobody waits
-for another core a thousand times a batch, and no core is idle while Python goes from one operation to the next.
+The cores of a CPU work on different batches, one thread each, instead of sharing each operation of one batch. So cores
+do not wait for each other within a batch, nor for Python between two operations.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Dropout for a CPU: its masks come from a fast generator that belongs to one thread.
+"""Dropout for a CPU with masks from a fast generator for each thread.
 
-torch draws its masks one number after the other from a generator that all threads share. Inside `Masks` every dropout
-of any model, that inside fused attention included, takes 16 bits an element from a generator of its own: several times
-faster, and the same masks whatever other threads do.
+torch draws masks sequentially from a generator that all threads share. Inside `Masks` every dropout of any model,
+including that in fused attention, takes 16 bits an element from its own generator. This is several times faster, and
+the masks do not depend on other threads.
 """
 
 from __future__ import annotations

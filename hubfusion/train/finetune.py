@@ -1,8 +1,8 @@
-"""The one place that trains: finetune a checkpoint on one dataset, the same for contributors and for evaluation.
+"""Finetune a checkpoint on one dataset; contributors and evaluation use the same code.
 
-An optimizer step sees exactly the ``batch_size`` examples that a plain trainer would draw; `gradient` says
-how their gradient comes without padding. The head starts from the seed alone: two checkpoints scored with one seed see
-one head, one data order and one schedule.
+An optimizer step sees exactly the ``batch_size`` examples that a plain trainer would draw; `gradient` computes their
+gradient without padding. The head depends on the seed alone: two checkpoints scored with one seed get the same head,
+data order and schedule.
 """
 
 from __future__ import annotations

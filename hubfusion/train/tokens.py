@@ -1,6 +1,6 @@
-"""Text to batches without waste: tokenised once, sorted by length, cut by a budget of tokens, padded to the longest.
+"""Turn texts into batches: tokenized once, sorted by length, cut by a token budget, padded to the longest.
 
-Nothing here is torch: token ids stay small NumPy arrays until a batch is made.
+This module does not import torch: token ids are small NumPy arrays until a batch is made.
 """
 
 from __future__ import annotations

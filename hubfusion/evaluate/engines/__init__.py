@@ -1,8 +1,7 @@
-"""Engines: where units are measured that the store does not have. Each is a `hubfusion.evaluate.units.Engine`.
+"""Engines measure the units that the store does not have. Each is a `hubfusion.evaluate.units.Engine`.
 
-In this process: `engines.local`. On a cluster: `engines.ray`. On the Hub's machines: `engines.jobs`. The
-last two hand out groups of units; a worker yields unit by unit, and when it dies only what is left of its group is
-handed out again, to another one.
+`engines.local` runs in this process, `engines.ray` on a cluster, `engines.jobs` on the Hub's machines. The last two
+distribute groups of units. A worker yields unit by unit; if it dies, the rest of its group goes to another worker.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Units as jobs of the Hub (Hugging Face Jobs, or the embedded Hub's, which are local processes).
+"""Measure units as jobs of the Hub (Hugging Face Jobs, or local processes of the embedded Hub).
 
-A job measures one group with ``hubfusion measure``: it fetches the model at its commit, and writes what it measured to
-the results repository. The caller reads from there, and starts another job for what is left of a group whose job died.
-As a Hub grants only so many commits an hour, a job commits now and then, and says each result in its log at once: what
-a dead job had not committed is read from there.
-If the caller dies, its jobs go on, and the next caller finds their results.
+A job measures one group with ``hubfusion measure``: it downloads the model at its commit and writes results to the
+results repository. The caller reads them there and starts another job for the rest of a group whose job died. The Hub
+limits commits per hour, so a job commits at intervals and prints each result to its log at once; results that a dead
+job had not committed are read from the log. If the caller dies, its jobs continue and the next caller reads their
+results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ORDER_BYTES = 100_000  # Linux takes 128 KiB in one argument
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What one job is told: units of one model, which is on the Hub."""
+    """The order of one job: units of one model on the Hub."""
 
     units: tuple[Unit, ...]
 

@@ -1,4 +1,4 @@
-"""Units measured in this process."""
+"""Measure units in this process."""
 
 from __future__ import annotations
 

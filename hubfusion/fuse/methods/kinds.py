@@ -1,4 +1,4 @@
-"""What the registry says about a method, sums of deltas, and what all formulas share about kinds of arrays.
+"""The registry's record of a method, sums of deltas, and the array functions that all formulas share.
 
 Formulas are written once over the array API standard (https://data-apis.org/array-api): numpy on the CPU, torch
 elsewhere.

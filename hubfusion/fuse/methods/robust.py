@@ -1,8 +1,8 @@
-"""Methods for strangers' updates: a few bad ones must not move the result far.
+"""Robust methods: a few bad updates must not move the result far.
 
-Honest contributions to ColD Fusion are nearly orthogonal and differ 46-fold in norm, so each method here can first
-treat the norms: "clip" shortens every delta to at most the median norm, "equal" scales every delta to it, "keep"
-leaves them. Raw Krum or a raw median would throw away the useful, long updates.
+Benign contributions to ColD Fusion are nearly orthogonal and differ up to 46-fold in norm. Each method here can
+therefore treat the norms first: "clip" shortens every delta to at most the median norm, "equal" scales every delta to
+it, "keep" leaves them. Raw Krum or a raw median would discard the long updates, which are useful.
 """
 
 from __future__ import annotations

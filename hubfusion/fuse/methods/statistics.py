@@ -1,4 +1,4 @@
-"""Methods that weigh inputs by what their data say: Fisher merging and RegMean; each input ships its statistics."""
+"""Methods that weigh inputs by statistics of their data (Fisher merging, RegMean), published with each input."""
 
 from __future__ import annotations
 
