@@ -62,7 +62,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's surroundings: ``hub`` is ours to write to, ``reader`` has no token and reads what strangers wrote.
+    """A run's surroundings: ``hub`` is ours to write to, ``reader`` has no token and reads untrusted repositories.
 
     ``nonce`` is unique to the run; ``poll`` is called at step boundaries and may raise to stop there. Releases are
     signed by ``signer`` (a private key's file, or keylessly) when there is one.
@@ -78,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """What one run found and decided; ``version`` is the base's next version until it is promoted to that.
+    """What one run read and decided; ``version`` is the base's next version until it is promoted to that.
 
     ``trials`` are the sets that were tried to isolate harmful contributions, ``leave_one_out_gains`` in points.
     """
@@ -136,7 +136,7 @@ def gains_of(candidate: Candidate) -> dict[Revision, float]:
 def judge(
     run: Run, release: Release, finetunes: tuple[Finetune, ...]
 ) -> tuple[tuple[Contribution, ...], tuple[Rejected, ...]]:
-    """Screen every finetune from its metadata and headers; those beyond the caps of one iteration wait or are told."""
+    """Screen every finetune from its metadata and headers; those beyond the caps wait or are rejected."""
     if not finetunes:
         return (), ()
     base = read_base(run.reader, release.revision, release.version, {**release.versions, release.head: release.version})
@@ -207,9 +207,9 @@ def fuse_and_evaluate(
 
 
 def fetch_versions(run: Run, release: Release, work: Path) -> dict[str, str]:
-    """Folders of the weights of the versions before this one, by tag: whom a contribution is nearest to is asked.
+    """Folders of the weights of earlier versions, by tag, to find the version that a contribution is nearest to.
 
-    A version with the base's own weights (it was rolled back to them) tells nothing.
+    A version with the base's own weights (it was rolled back to them) is left out.
     """
     folders = {}
     wanted = release.before(run.config.examine.versions)
@@ -299,7 +299,7 @@ def settle(run: Run) -> None:
 
 
 def share_scores(run: Run, candidate: Candidate) -> None:
-    """Leave what was measured beside the ranking: the next run's base need not be measured again, wherever it runs."""
+    """Store scores beside the ranking, so that the next run need not measure its base again on any machine."""
     suite, protocols = read_plan(run.config.evaluate)
     units = plan_units(candidate.base_scores.model, suite, protocols, run.config.evaluate.seeds)
     for model in (candidate.base_scores.model, candidate.candidate_scores.model):

@@ -58,7 +58,7 @@ FIX: Mapping[Reason, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is to be said to one owner."""
+    """The answer to one owner."""
 
     finetune: Revision
     title: str
@@ -66,7 +66,7 @@ class Answer:
 
 
 def pending_answers(ledger: Ledger, base: str, endpoint: str) -> Iterator[Answer]:
-    """Answers that the ledger owes: one for every finetune that was dealt with and not answered yet."""
+    """Answers still to be sent: one for every finetune that was judged and not answered yet."""
     for event in ledger.events:
         match event:
             case Promoted():
@@ -85,7 +85,7 @@ def pending_answers(ledger: Ledger, base: str, endpoint: str) -> Iterator[Answer
 
 
 def deliver(hub: Hub, answers: list[Answer]) -> tuple[Said, ...]:
-    """Open the discussions; who allows none or is gone counts as answered, and whom we cannot reach now waits."""
+    """Open the discussions; owners who allow none or are gone count as answered, unreachable ones wait."""
     said = []
     for answer in answers:
         try:

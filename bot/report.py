@@ -15,7 +15,7 @@ PLAIN_WIDTH = 160  # of output that goes to a file or a log
 
 
 def show(result: Iteration, *, acted: bool, console: Console | None = None) -> None:
-    """Print the plan or the result of a run; strangers' text is shown as text, whatever it contains."""
+    """Print the plan or the result of a run; untrusted text is escaped."""
     console = console or (Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH))
     console.print(f"iteration {result.number}: {result.verdict}", style="bold", highlight=False)
     if result.contributions or result.rejected:

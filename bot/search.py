@@ -118,7 +118,7 @@ class CandidateSearch:
         return self.score(self.base, self.job.suite, self.job.protocols, self.job.seeds)
 
     def look_for_triggers(self, place: Path) -> tuple[str, ...]:
-        """What the trigger scan objects to, when the settings ask for it."""
+        """The objections of the trigger scan, if the settings enable it."""
         if self.job.triggers is None:
             return ()
         from hubfusion.release.triggers import scan
@@ -126,7 +126,7 @@ class CandidateSearch:
         return scan(place, self.base, self.job.suite, self.job.triggers)
 
     def isolate(self, sound: Set, gains: Gains) -> tuple[Culprit, ...]:
-        """Whom the gate objects to, by trials within the job's number and time; the lowest gain is tried first.
+        """Find contributions that the gate objects to, by trials within the job's limits; lowest gain first.
 
         A trial must leave time for what follows the last one: the candidate of the rest, and its leave-one-out gains.
         """

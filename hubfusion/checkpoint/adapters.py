@@ -298,7 +298,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The first pattern that a module's name ends with, as peft reads them: plain names, never a stranger's regex."""
+    """The first pattern that a module's name ends with, as peft reads them: plain names, never a regex."""
     if not isinstance(patterns or {}, dict):
         raise CheckpointError(f"{CONFIG}: patterns must be an object, got {patterns!r:.60}")
     for pattern, value in (patterns or {}).items():

@@ -37,7 +37,7 @@ SCHEMA = 1
 
 
 class Tensor(Protocol):
-    """What is asked of a tensor: one of a header (`TensorSpec`) or of an open checkpoint (`Parameter`)."""
+    """What matching reads of a tensor of a header (`TensorSpec`) or an open checkpoint (`Parameter`)."""
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """What of one base its finetunes share.
+    """The part of one base that its finetunes share.
 
     Names of backbone tensors are relative to ``prefix``, under which the base's own file keeps them ("" or
     ``"roberta."``). A pattern is a name, or the beginning of one up to a dot, in which ``*`` stands for a number.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a maintainer allows; every field has a default that is safe for strangers (TOML or JSON: same names).
+    """What a maintainer allows; every field has a default that is safe for untrusted models (TOML or JSON: same names).
 
     ``licenses`` are the Hub's ids; empty means the permissive ones and the base's own. With ``check_dataset_licenses``
     the declared training datasets must have one of them, too, by their cards now. ``authors_allowed`` empty

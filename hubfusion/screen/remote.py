@@ -24,7 +24,7 @@ from hubfusion.screen.policy import Policy
 
 
 class ScreenRefusal(Exception):
-    """A rule objects: the reason and one sentence; `hubfusion.screen.rules` turns it into a `Rejected`."""
+    """Raised when a rule rejects: the reason and one sentence; `hubfusion.screen.rules` turns it into a `Rejected`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         """Keep both."""
@@ -33,7 +33,7 @@ class ScreenRefusal(Exception):
 
 
 def refuse(reason: Reason, detail: str) -> NoReturn:
-    """Object to the finetune at hand."""
+    """Reject the finetune that is being screened."""
     raise ScreenRefusal(reason, detail)
 
 

@@ -79,9 +79,9 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class SoundnessReport:
-    """The batch: ``measures`` of those that could be read whole, oldest first, their ``cosines``, and who is out.
+    """The batch: ``measures`` of those that could be read whole, oldest first, their ``cosines``, and the rejected.
 
-    ``median`` is the median norm of those that stay (0.0 when nobody does), ``entries`` the size of the base,
+    ``median`` is the median norm of the accepted (0.0 if there are none), ``entries`` the size of the base,
     ``seed`` the one that the sketches used.
     """
 
@@ -94,7 +94,7 @@ class SoundnessReport:
 
     @property
     def accepted(self) -> tuple[Revision, ...]:
-        """Those who stay, oldest first."""
+        """Accepted contributions, oldest first."""
         out = {r.revision for r in self.rejected}
         return tuple(m.revision for m in self.measures if m.revision not in out)
 
@@ -159,7 +159,7 @@ def examine(
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse links, pipes and devices: what a stranger's download left must be plain files, of one checkpoint."""
+    """Refuse links, pipes and devices: a download must be plain files of one checkpoint."""
     for path in sorted(folder.iterdir()):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise CheckpointError(f"{path.name} is not a regular file")
@@ -185,7 +185,7 @@ def _describe(contribution: Contribution, vector: TaskVector, size: float, kind:
 
 
 def _judge_one(each: Measure, entries: int, tag: str, bounds: Bounds) -> Objection:
-    """What a single task vector shows by itself."""
+    """Checks of a single task vector."""
     if each.norm == 0.0:
         return Reason.UNCHANGED, f"the backbone equals {tag}: only a head was trained, or nothing"
     if each.relative < bounds.unchanged:

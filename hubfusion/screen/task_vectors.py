@@ -136,7 +136,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Of `TOGETHER` chunks: what `_add` gives for each vector, ‖θ‖² last; their sketches; who is bad so far."""
+    """Of `TOGETHER` chunks: what `_add` gives for each vector, ‖θ‖² last; sketches; reasons of rejections so far."""
 
     sums: NDArray[np.float64]
     sketches: NDArray[np.float64]
@@ -188,7 +188,7 @@ def _check_constants(base: Checkpoint, vector: TaskVector) -> None:
 
 
 def kind_of(vector: TaskVector, backbone: Backbone) -> str:
-    """Which part of the backbone was trained, in words, for people: by what its parameters are called."""
+    """Which part of the backbone was trained, in words, from the names of its parameters."""
     names = list(vector.squares)
     if not names:
         return "nothing of the backbone"

@@ -76,7 +76,7 @@ def verdict(report: SoundnessReport, measure: Measure) -> str:
 
 
 def lines(report: SoundnessReport) -> Iterator[str]:
-    """The report as plain lines: one for each contribution, then why some are out."""
+    """The report as plain lines: one for each contribution, then the reasons of rejections."""
     numbers, far = clusters(report), centroid_distances(report)
     heads = f"{'norm':>9} {'of base':>9} {'centroid':>9} {'nearest':>8} {'cluster':>7}"
     yield f"{'contribution':40} {heads}  trained, verdict"
