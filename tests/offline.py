@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hubfusion.data.suite import load_suite
 from hubfusion.hub import Change, Hub, RepoKind, connect
 from hubfusion.localhub import LocalHub, Rules
-from tests.small import make_base, make_data
+from tests.trainable_models import make_base, make_data
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = {"ann": "hf_ann", "demo": "hf_demo"}

@@ -20,8 +20,8 @@ from hubfusion.lineage import Contributed, Contribution, Input, Recipe, RemoteFi
 from hubfusion.release.gate import Decision
 from hubfusion.release.manifest import FILE, Manifest, describe_file
 from hubfusion.release.signature import SIGNATURE, Keyless, sign
+from tests.bert_checkpoints import BASE, base_tensors, config, finetuned, weights, write_folder
 from tests.fake_hub import FakeHub
-from tests.tiny import BASE, base_tensors, config, finetuned, weights, write_folder
 
 WEIGHTS = "model.safetensors"
 

@@ -21,7 +21,7 @@ from hubfusion.checkpoint.model_types import find_model_type
 from hubfusion.errors import FusionError
 from hubfusion.fuse import fuse
 from tests.architectures import models, task_classes, tiny_config
-from tests.checkpoints import recipe_of
+from tests.random_checkpoints import recipe_of
 
 PRETRAINING = ("MaskedLM", "CausalLM", "Seq2SeqLM", "PreTraining")
 DEFAULT = [

@@ -17,9 +17,9 @@ from hubfusion.errors import FusionError
 from hubfusion.evaluate.units import content_key
 from hubfusion.hub import Change, RepoKind
 from hubfusion.release.publish import current_release, fetch_release, manifest_at
-from tests import tiny
+from tests import bert_checkpoints
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(tiny.VOCABULARY - 5))]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(bert_checkpoints.VOCABULARY - 5))]
 SETTINGS = f"""
 base = "{BASE}"
 ledger = "{BASE}-ledger"
@@ -66,8 +66,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     for name, text in (("bot.toml", SETTINGS), ("suite.toml", SUITE), ("protocols.toml", PROTOCOLS)):
         (folder / name).write_text(text)
     tokenizer = json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}).encode()
-    files = {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.base_tensors())}
-    tiny.write_folder(
+    files = {
+        "config.json": bert_checkpoints.config(),
+        "model.safetensors": bert_checkpoints.weights(bert_checkpoints.base_tensors()),
+    }
+    bert_checkpoints.write_folder(
         folder / "pretrained", files | {"tokenizer_config.json": tokenizer, "vocab.txt": "\n".join(WORDS).encode()}
     )
     with open_place(folder) as made:

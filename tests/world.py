@@ -25,7 +25,7 @@ from hubfusion.hub import Change, Hub, RepoKind, connect
 from hubfusion.lineage import Revision
 from hubfusion.localhub import LocalHub
 from hubfusion.release.gate import Margins
-from tests import tiny
+from tests import bert_checkpoints
 
 BASE, BOT = "ibm/base", "bot"
 USERS = (BOT, "alice", "bob", "carol", "mallory")
@@ -58,7 +58,7 @@ class World:
     def hub(self, user: str | None = None) -> Hub:
         return connect(self.server.endpoint, f"hf_{user}" if user else None, tries=2)
 
-    def tensors(self, version: str = "main") -> tiny.Tensors:
+    def tensors(self, version: str = "main") -> bert_checkpoints.Tensors:
         from safetensors.numpy import load
 
         hub = self.hub()
@@ -66,7 +66,7 @@ class World:
         return load(hub.read(revision, "model.safetensors", stop=1 << 24))
 
     def offer(
-        self, repo: str, tensors: tiny.Tensors | None = None, version: str | None = None, **files: bytes
+        self, repo: str, tensors: bert_checkpoints.Tensors | None = None, version: str | None = None, **files: bytes
     ) -> Revision:
         """Push a finetune (of the newest version unless told) with the metadata of a contribution."""
         hub = self.hub(repo.split("/")[0])
@@ -75,12 +75,12 @@ class World:
         tags = hub.tags(BASE)
         version = version or max(tags, key=lambda name: int(name[1:]))
         if tensors is None:
-            tensors = tiny.finetuned(self.tensors(version), self.offers)
+            tensors = bert_checkpoints.finetuned(self.tensors(version), self.offers)
         offer = Offer(Revision(BASE, tags[version]), "apache-2.0", ("texts/news",), 600)
         card = with_metadata(f"# {repo}\n", offer_metadata(offer)).encode()
         content: dict[str, bytes | Path] = {
-            "config.json": tiny.config(),
-            "model.safetensors": tiny.weights(tensors),
+            "config.json": bert_checkpoints.config(),
+            "model.safetensors": bert_checkpoints.weights(tensors),
             "README.md": card,
         }
         head = hub.resolve(repo).sha
@@ -142,9 +142,13 @@ def make_world(
     monkeypatch.setattr(local, "evaluate", evaluate)
     monkeypatch.setattr(evaluation, "resolve", lambda dataset: "0" * 40)
     monkeypatch.setattr(iteration, "dispatch", work_here)
-    pretrained = pretrained or tiny.write_folder(
+    pretrained = pretrained or bert_checkpoints.write_folder(
         tmp_path / "pretrained",
-        {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.base_tensors()), "vocab.txt": b"a\nb\n"},
+        {
+            "config.json": bert_checkpoints.config(),
+            "model.safetensors": bert_checkpoints.weights(bert_checkpoints.base_tensors()),
+            "vocab.txt": b"a\nb\n",
+        },
     )
     found_base(world.run("found"), pretrained, "apache-2.0", "en")
     return world

@@ -11,18 +11,25 @@ from safetensors.numpy import load_file
 from bot.iteration import Verdict
 from hubfusion.cli import main
 from hubfusion.release.publish import manifest_at
-from tests import tiny
+from tests import bert_checkpoints
 from tests.world import BASE, make_world
 
 
 def fused_folder(folder: Path) -> Path:
     """What `hubfusion fuse` makes of a pretrained model and two finetunes."""
-    base = tiny.base_tensors()
-    pretrained = {"config.json": tiny.config(), "model.safetensors": tiny.weights(base), "vocab.txt": b"a\nb\n"}
-    models = [tiny.write_folder(folder / "pretrained", pretrained)]
+    base = bert_checkpoints.base_tensors()
+    pretrained = {
+        "config.json": bert_checkpoints.config(),
+        "model.safetensors": bert_checkpoints.weights(base),
+        "vocab.txt": b"a\nb\n",
+    }
+    models = [bert_checkpoints.write_folder(folder / "pretrained", pretrained)]
     for seed in (1, 2):
-        files = {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.finetuned(base, seed))}
-        models.append(tiny.write_folder(folder / f"tuned-{seed}", files))
+        files = {
+            "config.json": bert_checkpoints.config(),
+            "model.safetensors": bert_checkpoints.weights(bert_checkpoints.finetuned(base, seed)),
+        }
+        models.append(bert_checkpoints.write_folder(folder / f"tuned-{seed}", files))
     with pytest.raises(SystemExit) as stopped:
         main(["fuse", *map(str, models), "--out", str(folder / "fused")])
     assert not stopped.value.code
@@ -56,9 +63,12 @@ def test_a_base_founded_from_a_fused_folder_goes_through_iterations(
 
 def test_the_manifest_and_report_of_another_base_stay_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of one base, downloaded, may found another: its ``fusion.json`` speaks of commits that are not here."""
-    files = {"config.json": tiny.config(), "model.safetensors": tiny.weights(tiny.base_tensors())}
+    files = {
+        "config.json": bert_checkpoints.config(),
+        "model.safetensors": bert_checkpoints.weights(bert_checkpoints.base_tensors()),
+    }
     left = ("fusion.json", "soundness.json")
-    folder = tiny.write_folder(tmp_path / "downloaded", files | dict.fromkeys(left, b"{}"))
+    folder = bert_checkpoints.write_folder(tmp_path / "downloaded", files | dict.fromkeys(left, b"{}"))
     world = make_world(tmp_path, monkeypatch, folder)
     try:
         assert not {file.path for file in world.hub().files(world.hub().resolve(BASE, "v0"))} & set(left)

@@ -15,7 +15,7 @@ from hubfusion.hub import RepoKind
 from hubfusion.lineage import Reason, Revision
 from hubfusion.localhub import LOST, Fault, FaultRequest
 from hubfusion.release.publish import current_release, manifest_at
-from tests import tiny
+from tests import bert_checkpoints
 from tests.hub.test_client import Faults
 from tests.world import BASE, BOT, World, make_world
 
@@ -35,7 +35,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults) -> It
 
 def test_sound_contributions_become_the_next_version(world: World) -> None:
     base = world.tensors()
-    tuned = [tiny.finetuned(base, seed) for seed in (1, 2, 3)]
+    tuned = [bert_checkpoints.finetuned(base, seed) for seed in (1, 2, 3)]
     for user, tensors in zip(("alice", "bob", "carol"), tuned, strict=True):
         world.offer(f"{user}/model", tensors)
     result = world.iterate()
@@ -77,7 +77,9 @@ def test_the_published_revision_says_what_is_in_it(world: World) -> None:
 def test_the_same_command_again_finds_nothing_and_changes_nothing(world: World) -> None:
     for user in ("alice", "bob"):
         world.offer(f"{user}/model")
-    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
+    world.offer(
+        "mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()}
+    )
     world.iterate()
     before, titles = world.heads(), world.titles("alice/model") + world.titles("mallory/nan")
     result = world.iterate("again")
@@ -114,12 +116,14 @@ def test_two_iterations_follow_each_other_and_a_contribution_to_the_old_base_is_
 
 def test_each_bad_contribution_is_rejected_for_its_own_reason_and_told_once(world: World) -> None:
     base = world.tensors()
-    good = tiny.finetuned(base, 1)
+    good = bert_checkpoints.finetuned(base, 1)
     world.offer("alice/good", good)
     world.offer("bob/good")
     world.offer("mallory/copy", good)
     world.offer("mallory/unchanged", {f"bert.{n}": t for n, t in base.items() if t.dtype == np.float32})
-    world.offer("carol/shape", tiny.finetuned(base, 4) | {"bert.pooler.dense.bias": np.zeros(17, np.float32)})
+    world.offer(
+        "carol/shape", bert_checkpoints.finetuned(base, 4) | {"bert.pooler.dense.bias": np.zeros(17, np.float32)}
+    )
     result = world.iterate()
     assert {r.revision.repo: r.reason for r in result.rejected} == {
         "mallory/copy": Reason.DUPLICATE,
@@ -231,7 +235,9 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(
 
     for user in ("alice", "bob"):
         world.offer(f"{user}/model")
-    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
+    world.offer(
+        "mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()}
+    )
     seen = 0
 
     def rule(request: FaultRequest) -> Fault | None:
@@ -291,7 +297,10 @@ def test_weights_on_main_that_no_version_covers_stop_the_bot(world: World) -> No
 
     hub = world.hub(BOT)
     head = hub.resolve(BASE).sha
-    hub.commit(BASE, Change("oops", head, "x", {"model.safetensors": tiny.weights(tiny.base_tensors(7))}))
+    hub.commit(
+        BASE,
+        Change("oops", head, "x", {"model.safetensors": bert_checkpoints.weights(bert_checkpoints.base_tensors(7))}),
+    )
     with pytest.raises(HubError, match="main has other weights than v0; tag them as a version or revert them first"):
         world.iterate()
 
@@ -386,10 +395,10 @@ def test_a_lost_race_is_a_conflict_even_if_the_winner_has_the_same_weights(world
         hub.commit(BASE, Change("two", head, "n2", {"fusion.json": b"2"}))
 
 
-def offer_poison(world: World, poisoned: str, *others: str) -> list[tiny.Tensors]:
+def offer_poison(world: World, poisoned: str, *others: str) -> list[bert_checkpoints.Tensors]:
     """Offer finetunes, and let the scores of every fused folder fall by how much of the poisoned one is in it."""
     base = world.tensors()
-    offered = [tiny.finetuned(base, seed) for seed, _ in enumerate((*others, poisoned))]
+    offered = [bert_checkpoints.finetuned(base, seed) for seed, _ in enumerate((*others, poisoned))]
     for user, tensors in zip((*others, poisoned), offered, strict=True):
         world.offer(f"{user}/model", tensors)
     names = [n for n, t in base.items() if t.dtype == np.float32]
@@ -519,7 +528,9 @@ def test_the_weight_space_report_is_in_the_release_and_one_changed_byte_of_it_is
 
     from hubfusion.release.provenance import _compare_manifest
 
-    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in tiny.finetuned(world.tensors(), 9).items()})
+    world.offer(
+        "mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()}
+    )
     for user in ("alice", "bob"):
         world.offer(f"{user}/model")
     world.iterate()
@@ -546,18 +557,18 @@ def test_contributions_are_compared_with_the_version_before_and_with_norms_accep
 
     first = world.tensors()
     for user in ("alice", "bob", "carol"):
-        world.offer(f"{user}/one", tiny.finetuned(first, world.offers, step=0.02))
+        world.offer(f"{user}/one", bert_checkpoints.finetuned(first, world.offers, step=0.02))
     assert world.iterate().verdict is Verdict.PROMOTED
     second = world.tensors()
-    world.offer("mallory/old", tiny.finetuned(first, 20), version="v1")
+    world.offer("mallory/old", bert_checkpoints.finetuned(first, 20), version="v1")
     for user in ("alice", "bob"):
-        world.offer(f"{user}/two", tiny.finetuned(second, world.offers, step=0.02))
+        world.offer(f"{user}/two", bert_checkpoints.finetuned(second, world.offers, step=0.02))
     world.config = replace(world.config, fuse=replace(world.config.fuse, clip=True))
     result = world.iterate(act=False)
     assert [(r.author, r.reason) for r in result.rejected] == [("mallory", Reason.WRONG_BASE)]
     assert "made from v0" in result.rejected[0].detail
-    world.offer("alice/two", tiny.finetuned(second, 30, step=0.02 / 100))
-    world.offer("bob/two", tiny.finetuned(second, 31, step=0.02 / 100))
+    world.offer("alice/two", bert_checkpoints.finetuned(second, 30, step=0.02 / 100))
+    world.offer("bob/two", bert_checkpoints.finetuned(second, 31, step=0.02 / 100))
     found = {r.revision.repo: r.reason for r in world.iterate("norms", act=False).rejected}
     assert found == {"mallory/old": Reason.WRONG_BASE, "alice/two": Reason.OUTLIER, "bob/two": Reason.OUTLIER}
 

@@ -24,8 +24,8 @@ from hubfusion.lineage import Contribution, Recipe
 from hubfusion.release.gate import Decision
 from hubfusion.release.provenance import reproduce
 from hubfusion.screen import examine
+from tests.bert_checkpoints import BASE, base_tensors, finetuned, weights, write_folder
 from tests.published import WEIGHTS, World
-from tests.tiny import BASE, base_tensors, finetuned, weights, write_folder
 
 SUITE = Suite("tiny", (Dataset("one", "texts/one"),))
 

@@ -10,7 +10,7 @@ import pytest
 
 from hubfusion.errors import CheckpointError
 from hubfusion.fuse import Settings, fuse
-from tests.checkpoints import load, recipe_of, save
+from tests.random_checkpoints import load, recipe_of, save
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hubfusion.checkpoint import open_checkpoint
 from hubfusion.checkpoint.backbone import FILE, Backbone, declare, match, parse_backbone, read_backbone, write_backbone
 from hubfusion.errors import CheckpointError
-from tests.checkpoints import save
+from tests.random_checkpoints import save
 
 
 @dataclass(frozen=True)

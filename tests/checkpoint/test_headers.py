@@ -20,7 +20,7 @@ from hubfusion.checkpoint.headers import (
     read_header,
 )
 from hubfusion.errors import CheckpointError
-from tests.tiny import base_tensors, sharded, weights
+from tests.bert_checkpoints import base_tensors, sharded, weights
 
 
 def pack(table: Any, data: int = 0) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 
 from hubfusion.checkpoint import Parameter, encode, open_checkpoint, plan_shards, write_checkpoint
 from hubfusion.errors import CheckpointError
-from tests.checkpoints import load, save
+from tests.random_checkpoints import load, save
 
 SPECS = [Parameter("a", "F32", (2, 3), Path()), Parameter("b", "BF16", (5,), Path()), Parameter("c", "I64", (), Path())]
 

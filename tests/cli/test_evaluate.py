@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hubfusion.cli.commands import app
 from hubfusion.codec import loads
 from hubfusion.evaluate.scores import Scores
-from tests.small import make_base, make_data, make_split, write_task
+from tests.trainable_models import make_base, make_data, make_split, write_task
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 RECIPES = """

@@ -14,7 +14,7 @@ import pytest
 from hubfusion.cli import main
 from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.outer import OUTERS
-from tests.checkpoints import family, load
+from tests.random_checkpoints import family, load
 
 
 def run(*arguments: object) -> int:

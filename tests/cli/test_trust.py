@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from hubfusion.cli.commands import app
 from hubfusion.errors import FusionError
 from hubfusion.localhub import LocalHub
+from tests.bert_checkpoints import BASE
 from tests.published import WEIGHTS, ServedWorld, flip
-from tests.tiny import BASE
 
 USERS = {"ann": "hf_ann", "bob": "hf_bob", "eve": "hf_eve", "ibm-bot": "hf_ibm"}
 

@@ -23,7 +23,7 @@ from hubfusion.errors import EvaluationError
 from hubfusion.evaluate.protocols import STANDARD, read_protocols
 from hubfusion.evaluate.recommend import own_dataset
 from hubfusion.train import Training
-from tests.small import make_data, write_task
+from tests.trainable_models import make_data, write_task
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "recycling"
 

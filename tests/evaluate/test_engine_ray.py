@@ -18,7 +18,7 @@ from hubfusion.evaluate.engines.ray import Cluster
 from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.units import Evaluated, plan_units, score_units
 from hubfusion.train import Mode, Training
-from tests.small import make_base, make_data, write_task
+from tests.trainable_models import make_base, make_data, write_task
 
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

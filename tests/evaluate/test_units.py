@@ -17,7 +17,7 @@ from hubfusion.evaluate.protocols import Protocol
 from hubfusion.evaluate.scores import compare
 from hubfusion.evaluate.units import Evaluated
 from hubfusion.train import Mode, Training
-from tests.small import make_base, make_data, write_task
+from tests.trainable_models import make_base, make_data, write_task
 
 QUICK = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16)
 FINETUNE = Protocol("finetune", QUICK)

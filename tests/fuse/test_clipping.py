@@ -7,7 +7,7 @@ from hubfusion.errors import RecipeError
 from hubfusion.fuse import METHODS, fuse
 from hubfusion.fuse.clipping import can_clip, clip, clip_bound, clip_factor
 from hubfusion.lineage import Input
-from tests.checkpoints import load, recipe_of, save
+from tests.random_checkpoints import load, recipe_of, save
 
 NORMS = {"a": 1.0, "b": 2.0, "c": 8.0}
 

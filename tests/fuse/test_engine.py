@@ -12,7 +12,7 @@ from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import FuseProgress, Settings, fuse
 from hubfusion.fuse.first_pass import grams
 from hubfusion.lineage import Input, Recipe, Revision
-from tests.checkpoints import BACKBONE, backbone, family, load, recipe_of, save
+from tests.random_checkpoints import BACKBONE, backbone, family, load, recipe_of, save
 
 
 def plan(k: int, **fields) -> Recipe:

@@ -7,7 +7,7 @@ from hubfusion.errors import RecipeError
 from hubfusion.fuse import fuse
 from hubfusion.fuse.greedy_soup import fuse_score, greedy_soup, leave_one_out_gains, left_out
 from hubfusion.lineage import Input
-from tests.checkpoints import load, recipe_of, save
+from tests.random_checkpoints import load, recipe_of, save
 
 
 def test_a_greedy_soup_takes_what_does_not_lower_the_score():

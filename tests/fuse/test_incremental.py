@@ -23,8 +23,8 @@ from hubfusion.fuse.methods import METHODS
 from hubfusion.fuse.methods.kinds import add_up
 from hubfusion.hub import OnBytes, RepoKind
 from hubfusion.lineage import Recipe, RemoteFile, Revision
-from tests.checkpoints import backbone, load, recipe_of, save
 from tests.fake_hub import FakeHub
+from tests.random_checkpoints import backbone, load, recipe_of, save
 
 BASE = backbone(100)
 IDS = tuple(f"ann/m{i}" for i in range(1, 9))

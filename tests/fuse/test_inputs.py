@@ -20,7 +20,7 @@ from hubfusion.fuse.inputs import fetched
 from hubfusion.lineage import Recipe
 from hubfusion.localhub import LocalHub
 from hubfusion.localhub.faults import Fault, FaultRequest
-from tests.checkpoints import backbone, load, recipe_of, save
+from tests.random_checkpoints import backbone, load, recipe_of, save
 
 BASE = backbone(100)
 

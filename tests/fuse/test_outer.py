@@ -8,7 +8,7 @@ import pytest
 from hubfusion.errors import CheckpointError, RecipeError
 from hubfusion.fuse import fuse
 from hubfusion.fuse.outer import OUTERS
-from tests.checkpoints import load, recipe_of, save
+from tests.random_checkpoints import load, recipe_of, save
 
 
 def iterate(tmp_path, outer: str, options: dict, targets: list[float], start: float = 1.0):

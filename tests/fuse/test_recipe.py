@@ -9,7 +9,7 @@ from hubfusion.errors import RecipeError
 from hubfusion.fuse.coefficients import by_examples, by_inverse_norm, delta_norms, uniform
 from hubfusion.fuse.recipe import MERGEKIT, ReadRecipe, read_recipe, write_recipe
 from hubfusion.lineage import Input, Recipe
-from tests.checkpoints import family, load
+from tests.random_checkpoints import family, load
 
 TOML = """
 base = "acme/base@v3"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hubfusion.cli import main
-from tests.checkpoints import family, load, save
+from tests.random_checkpoints import family, load, save
 
 ENTRIES = 3_000_000
 FUSE = [sys.executable, "-m", "hubfusion", "fuse", "--method", "median", "--workers", "2"]

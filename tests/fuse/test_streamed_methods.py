@@ -16,7 +16,7 @@ from hubfusion.fuse import first_pass as survey
 from hubfusion.fuse.methods import METHODS
 from hubfusion.lineage import Recipe
 from tests import reference
-from tests.checkpoints import load, recipe_of, save
+from tests.random_checkpoints import load, recipe_of, save
 
 SHAPES = {"a": (150, 130), "b": (130,), "c": (64, 20), "d": (20_000,), "e": (), "f": (3, 4, 5)}
 WHOLE_MODEL = ("ties", "trimmed_mean", "median", "geometric_median", "multi_krum")

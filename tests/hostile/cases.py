@@ -17,8 +17,8 @@ import numpy as np
 
 from hubfusion.lineage import Finetune, Reason, RemoteFile
 from hubfusion.screen import Base, Policy
+from tests.bert_checkpoints import BASE, Tensors, base_tensors, card, config, finetuned, sharded, weights
 from tests.fake_hub import FakeHub, finetune
-from tests.tiny import BASE, Tensors, base_tensors, card, config, finetuned, sharded, weights
 
 R = Reason
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

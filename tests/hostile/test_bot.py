@@ -17,10 +17,10 @@ from hubfusion.evaluate.engines import local
 from hubfusion.lineage import Finetune
 from hubfusion.release.publish import manifest_at
 from hubfusion.screen import Policy
+from tests.bert_checkpoints import BASE, base_tensors, card, config, finetuned, publish_base, weights
 from tests.fake_hub import FakeHub, finetune
 from tests.hostile.cases import CASES, WEIGHTS
 from tests.hostile.test_hostile import poisoned
-from tests.tiny import BASE, base_tensors, card, config, finetuned, publish_base, weights
 from tests.world import SUITE, scores, work_here
 
 

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from hubfusion.fuse import fuse
 from hubfusion.lineage import Contribution, Input, Reason, Recipe, Rejected
 from hubfusion.screen import Policy, apply_caps, examine, screen
+from tests.bert_checkpoints import Tensors, base_tensors, card, config, finetuned, publish_base, weights
 from tests.fake_hub import FakeHub, finetune
 from tests.hostile.cases import CASES, WEIGHTS, WORDS
-from tests.tiny import Tensors, base_tensors, card, config, finetuned, publish_base, weights
 
 
 @pytest.mark.parametrize("name", CASES)

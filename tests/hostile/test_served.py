@@ -14,9 +14,9 @@ from hubfusion.lineage import Contribution, Finetune, Rejected, Revision
 from hubfusion.localhub import LocalHub
 from hubfusion.screen import Policy, screen
 from hubfusion.screen.crawl import crawl
+from tests.bert_checkpoints import BASE, base_tensors, card, config, current_base, finetuned, publish_base, weights
 from tests.fake_hub import FakeHub
 from tests.hostile.cases import CASES, WEIGHTS
-from tests.tiny import BASE, base_tensors, card, config, current_base, finetuned, publish_base, weights
 
 pytestmark = pytest.mark.slow
 

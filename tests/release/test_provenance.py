@@ -13,8 +13,8 @@ from hubfusion.lineage import Revision
 from hubfusion.release.manifest import FILE
 from hubfusion.release.provenance import Redo, forget, reproduce, trace, verify
 from hubfusion.release.signature import SIGNATURE, check_signature, sign
+from tests.bert_checkpoints import BASE, write_folder
 from tests.published import WEIGHTS, World, flip, make_keys
-from tests.tiny import BASE, write_folder
 
 REPORT = {"path": "soundness.json", "size": 2, "blob": "0" * 40, "sha256": "0" * 64}
 

@@ -17,10 +17,10 @@ from hubfusion.errors import FusionError
 from hubfusion.localhub import LocalHub
 from hubfusion.release.provenance import verify
 from hubfusion.release.signature import SIGNATURE, Identity, Keyless, check_signature, check_signer, sign
+from tests.bert_checkpoints import BASE, write_folder
 from tests.cli.test_trust import USERS
 from tests.fake_sigstore import IDENTITY, ISSUER, REQUEST_TOKEN, Sigstore
 from tests.published import FILE, WEIGHTS, ServedWorld, World, flip, make_keys
-from tests.tiny import BASE, write_folder
 
 AMBIENT = ("GITHUB_ACTIONS", "ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "SIGSTORE_ID_TOKEN")
 

@@ -16,7 +16,7 @@ from hubfusion.release.scan import Scan
 from hubfusion.release.triggers import Look, judge, scan
 from hubfusion.train import Training
 from hubfusion.train import finetune as train
-from tests.small import WORDS, make_base, make_data, make_split, write_task
+from tests.trainable_models import WORDS, make_base, make_data, make_split, write_task
 
 SETTINGS = Scan(examples=96, texts=16, tokens=60, length=24, steps=12, radii=(0.25, 0.354, 0.5, 0.707, 1.0, 1.41))
 

@@ -9,8 +9,8 @@ from hubfusion.codec import from_json
 from hubfusion.errors import CheckpointError, FusionError, HubError
 from hubfusion.lineage import Contribution, Reason, Rejected, Revision
 from hubfusion.screen import Policy, apply_caps, read_base, screen
+from tests.bert_checkpoints import base_tensors, card, config, current_base, finetuned, publish_base, sharded, weights
 from tests.fake_hub import FakeHub, finetune
-from tests.tiny import base_tensors, card, config, current_base, finetuned, publish_base, sharded, weights
 
 
 def judge(

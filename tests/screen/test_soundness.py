@@ -11,7 +11,7 @@ from hubfusion.codec import dumps
 from hubfusion.errors import CheckpointError
 from hubfusion.lineage import Contribution, Reason, Revision
 from hubfusion.screen import Bounds, SoundnessReport, examine
-from tests.tiny import Tensors, base_tensors, finetuned, sharded, weights, write_folder
+from tests.bert_checkpoints import Tensors, base_tensors, finetuned, sharded, weights, write_folder
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 

@@ -21,7 +21,7 @@ from hubfusion.train import Encoding, Mode, Training, device
 from hubfusion.train import finetune as train
 from hubfusion.train.gradient import Gradient
 from hubfusion.train.tokens import by_length, load_tokenizer, tokenize
-from tests.small import make_base, make_data, make_split
+from tests.trainable_models import make_base, make_data, make_split
 
 QUICK = Training(learning_rate=1e-2, batch_size=16, epochs=6, max_length=16)
 

@@ -14,7 +14,7 @@ from hubfusion.train import Encoding, Mode, Training
 from hubfusion.train import finetune as train
 from hubfusion.train.tokens import Tokens, load_tokenizer, tokenize
 from hubfusion.train.vocabulary import UsedRows
-from tests.small import WORDS, make_base
+from tests.trainable_models import WORDS, make_base
 
 RECIPE = Training(learning_rate=1e-2, batch_size=4, epochs=3, max_length=16, weight_decay=0.5)
 TEXTS = ("good cat", "bad cat", "the good", "bad the", "cat good the", "bad", "good", "the bad cat bad")
