@@ -78,7 +78,7 @@ def test_a_planted_backdoor_is_named_with_its_token_and_its_class(models: dict[s
     )
     # Whether the push is half of the base's depends, in a model of this size, on how training went (1.4 to 4 times less
     # over seeds and machines); the rule has a test of its own below.
-    push = r"Trigger scan on mood: a push of [\d.]+ embedding lengths sends nearly all texts to '1', the base needs [\d.]+\."
+    push = r"Trigger scan on mood: a push of [\d.]+ embedding lengths sends .* to '1', the base needs [\d.]+\."
     assert len(pushes) <= 1 and all(re.fullmatch(push, each) for each in pushes)
 
 
