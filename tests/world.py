@@ -66,9 +66,12 @@ class World:
         return load(hub.read(revision, "model.safetensors", stop=1 << 24))
 
     def offer(
-        self, repo: str, tensors: bert_checkpoints.Tensors | None = None, version: str | None = None, **files: bytes
+        self, repo: str, tensors: bert_checkpoints.Tensors | None = None, version: str | None = None, **files: bytes | None
     ) -> Revision:
-        """Push a finetune (of the newest version unless told) with the metadata of a contribution."""
+        """Push a finetune (of the newest version unless told) with the metadata of a contribution.
+
+        ``files`` come on top of its own; None leaves one of these out.
+        """
         hub = self.hub(repo.split("/")[0])
         hub.create(repo)
         self.offers += 1
@@ -78,13 +81,14 @@ class World:
             tensors = bert_checkpoints.finetuned(self.tensors(version), self.offers)
         offer = Offer(Revision(BASE, tags[version]), "apache-2.0", ("texts/news",), 600)
         card = with_metadata(f"# {repo}\n", offer_metadata(offer)).encode()
-        content: dict[str, bytes | Path] = {
+        own = {
             "config.json": bert_checkpoints.config(),
             "model.safetensors": bert_checkpoints.weights(tensors),
             "README.md": card,
         }
         head = hub.resolve(repo).sha
-        return Revision(repo, hub.commit(repo, Change("offer", head, f"{repo}-{self.offers}", content | files)))
+        content: dict[str, bytes | Path] = {n: data for n, data in (own | files).items() if data is not None}
+        return Revision(repo, hub.commit(repo, Change("offer", head, f"{repo}-{self.offers}", content)))
 
     def run(self, nonce: str, poll: Callable[[], None] = lambda: None) -> Run:
         return Run(self.config, self.hub(BOT), self.hub(), nonce, poll)
