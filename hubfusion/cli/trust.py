@@ -71,7 +71,8 @@ def inspect(
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         fetched = [_fetch(model, hub, folder / f"model-{i}") for i, model in enumerate(models)]
-        report = examine(_fetch(base, hub, folder / "base")[1], fetched, tag="base", versions=earlier)
+        ours = _fetch(base, hub, folder / "base")[1]
+        report = examine(ours, fetched, tag="base", versions=earlier, screened=False)
     for line in lines(report):
         print(line)
     if svg:

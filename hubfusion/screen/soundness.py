@@ -21,7 +21,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from hubfusion.checkpoint import INDEX, SINGLE, open_checkpoint
+from hubfusion.checkpoint import INDEX, SINGLE, adapters, open_checkpoint
 from hubfusion.checkpoint.backbone import read_backbone
 from hubfusion.checkpoint.deltas import open_source
 from hubfusion.errors import CheckpointError
@@ -109,11 +109,13 @@ def examine(
     bounds: Bounds | None = None,
     seed: int | None = None,
     on_entries: OnEntries | None = None,
+    screened: bool = True,
 ) -> SoundnessReport:
     """Measure and judge contributions (oldest first) in folders against the base in ``base``.
 
     ``versions`` are earlier releases by tag, ``known_norms`` norms accepted before, ``tag`` the base's own tag. The
-    sketches draw a secret seed unless one is given. ``on_entries(done, all)`` reports progress. Raises
+    sketches draw a secret seed unless one is given. ``on_entries(done, all)`` reports progress. What does not match the
+    base was exchanged after screening; without ``screened`` it gets the reason that screening gives. Raises
     `CheckpointError` only for the base and its versions; what is wrong with a contribution is in the report.
     """
     bounds, seed = bounds or Bounds(), secrets.randbits(63) if seed is None else seed
@@ -128,7 +130,8 @@ def examine(
                 _check_folder(folder)
                 vectors[number] = TaskVector(stack.enter_context(open_source(folder, ours, backbone)))
             except CheckpointError as error:
-                objections[number] = (Reason.CORRUPT, f"not what was screened: {error}")
+                changed = (Reason.CORRUPT, f"not what was screened: {error}")
+                objections[number] = changed if screened else (_unscreened_reason(folder), str(error))
         for name, folder in (versions or {}).items():
             earlier[name] = TaskVector(stack.enter_context(open_source(folder, ours, backbone)))
         size = measure(ours, backbone, [*vectors.values(), *earlier.values()], Signs(seed), on_entries)
@@ -165,6 +168,22 @@ def _check_folder(folder: Path) -> None:
             raise CheckpointError(f"{path.name} is not a regular file")
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
         raise CheckpointError(f"{SINGLE} and {INDEX} are both there")
+
+
+def _unscreened_reason(folder: Path) -> Reason:
+    """What screening calls a folder that does not match the base: its adapter's options, its weights or their names."""
+    is_adapter = (folder / adapters.CONFIG).is_file()
+    try:
+        if is_adapter:
+            adapters.parse_config((folder / adapters.CONFIG).read_bytes())
+    except CheckpointError:
+        return Reason.ADAPTER
+    try:
+        _check_folder(folder)
+        with open_checkpoint(folder, adapters.WEIGHTS if is_adapter else SINGLE):
+            return Reason.ARCHITECTURE
+    except CheckpointError:
+        return Reason.BAD_FILES
 
 
 def _describe(contribution: Contribution, vector: TaskVector, size: float, kind: str, origin: Ancestry) -> Measure:

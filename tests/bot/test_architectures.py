@@ -1,12 +1,13 @@
 """Finetunes of every shape in one iteration: the one rule takes or refuses each, and the rest is promoted.
 
-A head may have any name, a module any single prefix, the weights any float dtype, and a LoRA adapter counts as the model
-that it would be merged into. What hides in the backbone is refused with a reason, and the next run is clean.
+A head may have any name, a module any single prefix, the weights any float dtype, and a LoRA adapter counts as the
+model that it would be merged into. What hides in the backbone is refused with a reason, and the next run is clean.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from bot.iteration import Verdict
 from bot.ledger import Judged
+from hubfusion.cli import main
 from hubfusion.lineage import Reason
 from hubfusion.release.publish import manifest_at
 from hubfusion.screen import Policy
@@ -211,3 +213,39 @@ def test_a_float_buffer_of_the_base_is_kept_and_one_with_other_values_is_refused
         assert world.iterate("again").verdict is Verdict.NOTHING_NEW
     finally:
         world.server.stop()
+
+
+def test_inspect_says_of_an_adapter_what_the_bot_says(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", world.server.endpoint)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    offers = {
+        "alice/lora": lora_files(7),
+        "bob/lora": lora_files(9),
+        "mallory/nothing": lora_files(8, ("encoder.layer.7.attention.self.query",)),
+        "mallory/kind": lora_files(8, peft_type="IA3"),
+    }
+    folders = {repo: tmp_path / "local" / repo.replace("/", "-") for repo in offers}
+    for repo, files in offers.items():
+        world.offer(repo, **files)
+        tiny.write_folder(folders[repo], {name: data for name, data in files.items() if data is not None})
+
+    def inspected(*models: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", *models, "--base", BASE])
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    remote, local = inspected(*offers), inspected(*map(str, folders.values()))
+    result = world.iterate()
+    assert [c.author for c in result.contributions] == ["alice", "bob"]
+    reasons = {r.revision.repo: r.reason for r in result.rejected}
+    assert reasons == {"mallory/nothing": Reason.ARCHITECTURE, "mallory/kind": Reason.ADAPTER}
+    for said in (remote, local):
+        assert len(re.findall(", ok$", said, re.MULTILINE)) == 2
+        out = [line for line in said.splitlines() if line.startswith("out: ")]
+        assert len(out) == 2
+        for rejected in result.rejected:
+            what = rejected.detail.split("; finetune")[0]
+            assert [line for line in out if f": {rejected.reason}: " in line and line.endswith(what)], (what, out)
