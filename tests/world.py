@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bot import iteration, worker
@@ -156,3 +157,24 @@ def make_world(
     )
     found_base(world.run("found"), pretrained, "apache-2.0", "en")
     return world
+
+
+def offer_poison(world: World, poisoned: str, *others: str) -> list[bert_checkpoints.Tensors]:
+    """Offer finetunes, and let the scores of every fused folder fall by how much of the poisoned one is in it."""
+    base = world.tensors()
+    offered = [bert_checkpoints.finetuned(base, seed) for seed, _ in enumerate((*others, poisoned))]
+    for user, tensors in zip((*others, poisoned), offered, strict=True):
+        world.offer(f"{user}/model", tensors)
+    names = [n for n, t in base.items() if t.dtype == np.float32]
+    tau = {n: offered[-1][f"bert.{n}"].astype(float) - base[n] for n in names}
+    square = sum(float((t * t).sum()) for t in tau.values())
+
+    def gain(folder: Path) -> tuple[float, float]:
+        from safetensors.numpy import load_file
+
+        fused = load_file(folder / "model.safetensors") if folder.name != "base" else base
+        share = sum(float(((fused[n] - base[n]) * tau[n]).sum()) for n in names) / square
+        return 1.0, 0.5 - 40 * share
+
+    world.gain = gain
+    return offered[:-1]

@@ -229,7 +229,7 @@ def test_inspect_says_of_an_adapter_what_the_bot_says(
     folders = {repo: tmp_path / "local" / repo.replace("/", "-") for repo in offers}
     for repo, files in offers.items():
         world.offer(repo, **files)
-        tiny.write_folder(folders[repo], {name: data for name, data in files.items() if data is not None})
+        bert_checkpoints.write_folder(folders[repo], {name: data for name, data in files.items() if data is not None})
 
     def inspected(*models: str) -> str:
         with pytest.raises(SystemExit) as stopped:
