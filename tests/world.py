@@ -67,7 +67,11 @@ class World:
         return load(hub.read(revision, "model.safetensors", stop=1 << 24))
 
     def offer(
-        self, repo: str, tensors: bert_checkpoints.Tensors | None = None, version: str | None = None, **files: bytes | None
+        self,
+        repo: str,
+        tensors: bert_checkpoints.Tensors | None = None,
+        version: str | None = None,
+        **files: bytes | None,
     ) -> Revision:
         """Push a finetune (of the newest version unless told) with the metadata of a contribution.
 

@@ -94,11 +94,16 @@ def lora_files(seed: int, modules: tuple[str, ...] = (), **options: object) -> d
         for module in modules or ADAPTED
         for kind, matrix in zip("AB", lora_pair(seed, module), strict=True)
     }
-    files = {"adapter_config.json": json.dumps(stated).encode(), "adapter_model.safetensors": bert_checkpoints.weights(pairs)}
+    files = {
+        "adapter_config.json": json.dumps(stated).encode(),
+        "adapter_model.safetensors": bert_checkpoints.weights(pairs),
+    }
     return {"config.json": None, "model.safetensors": None, **files}
 
 
-ADAPTED = tuple(f"encoder.layer.{n}.attention.self.{part}" for n in range(bert_checkpoints.LAYERS) for part in ("query", "value"))
+ADAPTED = tuple(
+    f"encoder.layer.{n}.attention.self.{part}" for n in range(bert_checkpoints.LAYERS) for part in ("query", "value")
+)
 
 
 def lora_pair(seed: int, module: str) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,9 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(
 
     for user in ("alice", "bob"):
         world.offer(f"{user}/model")
-    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()})
+    world.offer(
+        "mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()}
+    )
     seen = 0
 
     def rule(request: FaultRequest) -> Fault | None:

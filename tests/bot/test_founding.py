@@ -168,7 +168,10 @@ def test_the_command_founds_a_base_from_a_model_on_the_hub_pinned_and_with_its_c
         ({"config.json": None}, "a base needs config.json"),
         ({"README.md": None}, "its card states no license; give it with --license"),
         ({"README.md": b"---\nlanguage: de\n---\n"}, "its card states no license; give it with --license"),
-        ({"config.json": bert_checkpoints.config(auto_map={"AutoModel": "m.M"})}, "auto_map asks to run the model's own code"),
+        (
+            {"config.json": bert_checkpoints.config(auto_map={"AutoModel": "m.M"})},
+            "auto_map asks to run the model's own code",
+        ),
     ],
     ids=["pickle-only", "no-config", "no-card", "no-license", "own-code"],
 )
@@ -202,7 +205,11 @@ MODULES = {
 
 def sentence_folder(folder: Path, tensors: bert_checkpoints.Tensors) -> Path:
     """A SentenceTransformer as it is saved: further modules in folders of their own."""
-    for path, content in {**MODULES, "config.json": bert_checkpoints.config(), "model.safetensors": bert_checkpoints.weights(tensors)}.items():
+    for path, content in {
+        **MODULES,
+        "config.json": bert_checkpoints.config(),
+        "model.safetensors": bert_checkpoints.weights(tensors),
+    }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return folder
@@ -212,7 +219,9 @@ def test_a_sentence_transformer_stays_one_through_an_iteration(tmp_path: Path, m
     base = bert_checkpoints.base_tensors()
     world = make_world(tmp_path, monkeypatch, sentence_folder(tmp_path / "sentences", base))
     try:
-        tuned = [{n.removeprefix("bert."): v for n, v in bert_checkpoints.finetuned(base, seed).items()} for seed in (1, 2)]
+        tuned = [
+            {n.removeprefix("bert."): v for n, v in bert_checkpoints.finetuned(base, seed).items()} for seed in (1, 2)
+        ]
         backbones = [{n: v for n, v in t.items() if not n.startswith("classifier.")} for t in tuned]
         for user, tensors in zip(("alice", "bob"), backbones, strict=True):
             world.offer(f"{user}/sentences", tensors, **MODULES)

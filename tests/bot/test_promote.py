@@ -64,7 +64,9 @@ def test_the_published_revision_says_what_is_in_it(world: World) -> None:
 def test_the_same_command_again_finds_nothing_and_changes_nothing(world: World) -> None:
     for user in ("alice", "bob"):
         world.offer(f"{user}/model")
-    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()})
+    world.offer(
+        "mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()}
+    )
     world.iterate()
     before, titles = world.heads(), world.titles("alice/model") + world.titles("mallory/nan")
     result = world.iterate("again")
@@ -106,7 +108,9 @@ def test_each_bad_contribution_is_rejected_for_its_own_reason_and_told_once(worl
     world.offer("bob/good")
     world.offer("mallory/copy", good)
     world.offer("mallory/unchanged", {f"bert.{n}": t for n, t in base.items() if t.dtype == np.float32})
-    world.offer("carol/shape", bert_checkpoints.finetuned(base, 4) | {"bert.pooler.dense.bias": np.zeros(17, np.float32)})
+    world.offer(
+        "carol/shape", bert_checkpoints.finetuned(base, 4) | {"bert.pooler.dense.bias": np.zeros(17, np.float32)}
+    )
     result = world.iterate()
     assert {r.revision.repo: r.reason for r in result.rejected} == {
         "mallory/copy": Reason.DUPLICATE,
@@ -168,7 +172,10 @@ def test_an_iteration_leaves_no_weights_on_the_disk(world: World) -> None:
 def test_weights_on_main_that_no_version_covers_stop_the_bot(world: World) -> None:
     hub = world.hub(BOT)
     head = hub.resolve(BASE).sha
-    hub.commit(BASE, Change("oops", head, "x", {"model.safetensors": bert_checkpoints.weights(bert_checkpoints.base_tensors(7))}))
+    hub.commit(
+        BASE,
+        Change("oops", head, "x", {"model.safetensors": bert_checkpoints.weights(bert_checkpoints.base_tensors(7))}),
+    )
     with pytest.raises(HubError, match="main has other weights than v0; tag them as a version or revert them first"):
         world.iterate()
 
@@ -192,7 +199,9 @@ def test_a_base_without_v0_is_one_line(world: World) -> None:
 
 
 def test_the_weight_space_report_is_in_the_release_and_one_changed_byte_of_it_is_found(world: World) -> None:
-    world.offer("mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()})
+    world.offer(
+        "mallory/nan", {n: np.full_like(t, np.nan) for n, t in bert_checkpoints.finetuned(world.tensors(), 9).items()}
+    )
     for user in ("alice", "bob"):
         world.offer(f"{user}/model")
     world.iterate()
