@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubfusion.checkpoint import open_checkpoint
-from hubfusion.checkpoint.backbone import FILE, Backbone, declare, match, parse_backbone, read_backbone, write_backbone
+from hubfusion.checkpoint.backbone import (
+    FILE,
+    Backbone,
+    declare,
+    match,
+    parse_backbone,
+    parse_config,
+    read_backbone,
+    write_backbone,
+)
 from hubfusion.errors import CheckpointError
 from tests.random_checkpoints import save
 
@@ -126,7 +135,7 @@ def test_without_a_config_every_float_tensor_of_the_base_is_its_backbone() -> No
     assert (backbone.required, backbone.constants) == (("a.x", "b.y"), ("steps",))
 
 
-def test_a_type_that_transformers_does_not_know_and_tensors_of_another_one_are_refused_in_one_line() -> None:
+def test_tensors_of_another_model_type_are_refused_in_one_line() -> None:
     with pytest.raises(CheckpointError, match="no tensor of the base belongs to a roberta backbone"):
         declare(ROBERTA, specs("transformer.h.0.x"))
 
@@ -175,3 +184,11 @@ def test_what_is_matched_fits_and_every_tensor_of_a_finetune_has_one_place(
         assert tensors[theirs].shape == ours[mine].shape and tensors[theirs].dtype in ("F32", "F16")
     assert not set(found.names.values()) & set(found.heads)
     assert not set(found.names) & set(found.absent)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [(b"[1]", r"config.json must be an object, got \[1\]"), (b"{", "config.json is not JSON: ")]
+)
+def test_a_config_that_is_no_object_is_refused(text: bytes, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        parse_config(text)
