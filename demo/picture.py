@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 460, 70, 200, 84, 60
-COLOURS = {"seen": "#b35806", "unseen": "#1f5fa8"}
+COLORS = {"seen": "#b35806", "unseen": "#1f5fa8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def draw(title: str, subtitle: str, points: Sequence[Point]) -> str:
         _text(LEFT, 30, title, 'font-size="17" font-weight="600"'),
         *(_text(LEFT, 50 + 16 * i, line, 'fill="#555" font-size="12"') for i, line in enumerate(subtitle.split("\n"))),
         *_draw_axes(scale, versions),
-        *(part for fold in COLOURS for part in _draw_fold(scale, versions, [p for p in points if p.fold == fold])),
+        *(part for fold in COLORS for part in _draw_fold(scale, versions, [p for p in points if p.fold == fold])),
         *_draw_legend([p for p in points if p.version == versions[-1]], versions[-1]),
         "</svg>\n",
     ]
@@ -71,8 +71,8 @@ def _text(x: float, y: float, text: str, extra: str = "") -> str:
 
 def _draw_axes(scale: _Scale, versions: Sequence[str]) -> Iterator[str]:
     for tick in scale.ticks:
-        y, colour = scale.y(tick), "#888" if tick == 0 else "#e4e4e4"
-        yield f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="{colour}"/>'
+        y, color = scale.y(tick), "#888" if tick == 0 else "#e4e4e4"
+        yield f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="{color}"/>'
         yield _text(LEFT - 8, y + 4, f"{tick:+g}" if tick else "0", 'text-anchor="end" fill="#555"')
     for number, version in enumerate(versions):
         yield _text(scale.x(number), HEIGHT - BOTTOM + 24, version, 'text-anchor="middle"')
@@ -88,7 +88,7 @@ def _draw_fold(scale: _Scale, versions: Sequence[str], points: Sequence[Point]) 
     if not points:
         return
     fold = points[0].fold
-    colour, aside = COLOURS[fold], -7 if fold == "seen" else 7
+    color, aside = COLORS[fold], -7 if fold == "seen" else 7
     line = [(scale.x(0), scale.y(0.0))]
     for point in points:
         x = scale.x(versions.index(point.version)) + aside
@@ -96,22 +96,22 @@ def _draw_fold(scale: _Scale, versions: Sequence[str], points: Sequence[Point]) 
         for name, gain in point.datasets.items():
             place = f'cx="{x + 2 * aside:.1f}" cy="{scale.y(gain):.1f}" r="3"'
             title = f"<title>{escape(name)} {gain:+.2f}</title>"
-            yield f'<circle {place} fill="{colour}" fill-opacity="0.45">{title}</circle>'
+            yield f'<circle {place} fill="{color}" fill-opacity="0.45">{title}</circle>'
         top, bottom = scale.y(point.high), scale.y(point.low)
         bar = f"M{x - 5:.1f} {top:.1f}h10M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 5:.1f} {bottom:.1f}h10"
-        yield f'<path d="{bar}" stroke="{colour}" stroke-width="2" fill="none"/>'
+        yield f'<path d="{bar}" stroke="{color}" stroke-width="2" fill="none"/>'
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
-    yield f'<path d="M{path}" stroke="{colour}" stroke-width="2" fill="none"/>'
+    yield f'<path d="M{path}" stroke="{color}" stroke-width="2" fill="none"/>'
     for x, y in line[1:]:
-        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>'
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}"/>'
 
 
 def _draw_legend(points: Sequence[Point], version: str) -> Iterator[str]:
     left, y = WIDTH - RIGHT + 14, TOP + 8
     for point in points:
-        colour = COLOURS[point.fold]
-        yield f'<circle cx="{left + 5}" cy="{y - 4}" r="5" fill="{colour}"/>'
-        yield _text(left + 16, y, f"{point.fold}, {version}: {point.mean:+.2f}", f'font-weight="600" fill="{colour}"')
+        color = COLORS[point.fold]
+        yield f'<circle cx="{left + 5}" cy="{y - 4}" r="5" fill="{color}"/>'
+        yield _text(left + 16, y, f"{point.fold}, {version}: {point.mean:+.2f}", f'font-weight="600" fill="{color}"')
         yield _text(left + 16, y + 17, f"95 %: {point.low:+.2f} to {point.high:+.2f}", 'font-size="12" fill="#555"')
         for number, (name, gain) in enumerate(sorted(point.datasets.items(), key=lambda item: -item[1])):
             yield _text(left + 16, y + 37 + 16 * number, f"{name} {gain:+.1f}", 'font-size="12" fill="#555"')

@@ -10,7 +10,6 @@ Other adapters, and options that we do not know, are refused by name, from the c
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hubfusion.checkpoint.backbone import Backbone, Tensor, find_in_base, is_head, name_in_base, prefix_of
+from hubfusion.checkpoint.backbone import parse_config as parse_object
 from hubfusion.checkpoint.reader import FLOATS, Array, Checkpoint, open_checkpoint
 from hubfusion.errors import CheckpointError
 
@@ -165,12 +165,7 @@ def _read(checkpoint: Checkpoint, pair: Pair) -> LowRank:
 
 def parse_config(text: bytes) -> dict[str, Any]:
     """The content of ``adapter_config.json``; raises `CheckpointError` for options that cannot be fused exactly."""
-    try:
-        config = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{CONFIG}: not JSON: {str(error)[:80]}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{CONFIG}: an object is needed, got {config!r:.60}")
+    config = parse_object(text, CONFIG)
     for option, value in config.items():
         if option in ALLOWED:
             if not any(value is v or (type(value) is type(v) and value == v) for v in ALLOWED[option]):

@@ -226,14 +226,14 @@ def read_backbone(path: Path, checkpoint: Checkpoint, facts: ModelType | None = 
     return backbone
 
 
-def parse_config(text: bytes) -> dict[str, Any]:
-    """The content of a ``config.json``; raises `CheckpointError` when it is not a JSON object."""
+def parse_config(text: bytes, where: str = CONFIG) -> dict[str, Any]:
+    """The content of a ``config.json``, or of another file ``where``; `CheckpointError` when it is no JSON object."""
     try:
         config = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{CONFIG} is not JSON: {str(error)[:80]}") from None
+        raise CheckpointError(f"{where} is not JSON: {str(error)[:80]}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{CONFIG} must be an object, got {config!r:.60}")
+        raise CheckpointError(f"{where} must be an object, got {config!r:.60}")
     return config
 
 
